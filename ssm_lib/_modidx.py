@@ -14,4 +14,12 @@ d = { 'settings': { 'branch': 'main',
                                         'ssm_lib.discretization.discretize_zoh': ( 'discretization.html#discretize_zoh',
                                                                                    'ssm_lib/discretization.py'),
                                         'ssm_lib.discretization.phi1': ('discretization.html#phi1', 'ssm_lib/discretization.py'),
-                                        'ssm_lib.discretization.zoh': ('discretization.html#zoh', 'ssm_lib/discretization.py')}}}
+                                        'ssm_lib.discretization.zoh': ('discretization.html#zoh', 'ssm_lib/discretization.py')},
+            'ssm_lib.scan': { 'ssm_lib.scan._associative': ('scan.html#_associative', 'ssm_lib/scan.py'),
+                              'ssm_lib.scan._check_scan': ('scan.html#_check_scan', 'ssm_lib/scan.py'),
+                              'ssm_lib.scan._pick': ('scan.html#_pick', 'ssm_lib/scan.py'),
+                              'ssm_lib.scan._scan': ('scan.html#_scan', 'ssm_lib/scan.py'),
+                              'ssm_lib.scan._scan_jvp': ('scan.html#_scan_jvp', 'ssm_lib/scan.py'),
+                              'ssm_lib.scan._sequential': ('scan.html#_sequential', 'ssm_lib/scan.py'),
+                              'ssm_lib.scan.binary_operator': ('scan.html#binary_operator', 'ssm_lib/scan.py'),
+                              'ssm_lib.scan.linear_scan': ('scan.html#linear_scan', 'ssm_lib/scan.py')}}}
