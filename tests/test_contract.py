@@ -207,13 +207,13 @@ def test_lru_dynamics(steps):
 
 
 BAD = {
-    "rank": (lambda: S5SSM(4, 16).init(KEY, jnp.ones((2, 5, 4))), "expected \\(L, 4\\)"),
+    "rank": (lambda: S5SSM(4, 32).init(KEY, jnp.ones((2, 5, 4))), "expected \\(L, 4\\)"),
     "size": (lambda: LRU(16, 4).init(KEY, jnp.ones((5, 3))), "d_model"),
     "blocks": (lambda: S5SSM(4, 20), "divisible"),
     "odd": (lambda: S5SSM(4, 48), "odd"),
-    "option": (lambda: S5SSM(4, 16, discretization="euler"), "'zoh', 'bilinear'"),
+    "option": (lambda: S5SSM(4, 32, discretization="euler"), "'zoh', 'bilinear'"),
     "n_steps": (lambda: LRU(16, 4, n_steps=0), "≥ 1"),
-    "dt_min": (lambda: S5SSM(4, 16, dt_min=0.0), "0 < dt_min"),
+    "dt_min": (lambda: S5SSM(4, 32, dt_min=0.0), "0 < dt_min"),
     "activation": (lambda: SequenceLayer(LAYERS["lru"], 4, activation="relu"), "half_glu1"),
     "d_model": (lambda: BatchStackedSSMModel(LAYERS["lru"], 6, 1, 1).init(KEY, jnp.ones((2, 5, 7, 1))), "d_model"),
     "d_model 2d": (lambda: BatchStackedSSM2DModel(LAYERS["lru"], 6, 1, 1), "H"),
