@@ -3,10 +3,19 @@
 __version__ = "0.1.0"
 
 from ssm_lib.blocks import SequenceLayer
+from ssm_lib.data import (
+    fit_normalizer,
+    load_trajectories,
+    pde_trajectories,
+    split_trajectories,
+    window_batches,
+    windows,
+)
 from ssm_lib.diagonal import DiagonalSSM, DiagonalSystem
 from ssm_lib.discretization import bilinear, discretize_bilinear, discretize_zoh, zoh
 from ssm_lib.hippo import make_DPLR_HiPPO, make_HiPPO, make_NPLR_HiPPO
 from ssm_lib.lru import LRU, LRUDynamics
+from ssm_lib.metrics import fit_linear, nrmse, persistence
 from ssm_lib.models import (
     BatchStackedSSM2DModel,
     BatchStackedSSMModel,
@@ -14,6 +23,15 @@ from ssm_lib.models import (
     StackedSSM,
     StackedSSM2D,
 )
+from ssm_lib.plots import animate_rollout, plot_errors, plot_rollout
 from ssm_lib.rollout import rollout
 from ssm_lib.s5 import S5SSM
 from ssm_lib.scan import linear_scan
+from ssm_lib.training import (
+    fit,
+    load_checkpoint,
+    make_optimizer,
+    next_frame_loss,
+    rollout_loss,
+    save_checkpoint,
+)

@@ -1,0 +1,71 @@
+# Every task of the project; `make` alone lists them. All of it lives in .venv, which is made where it is missing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PACKAGING := settings.ini setup.py pyproject.toml
+PAGES := $(sort $(wildcard nbs/*.ipynb nbs/tutorials/*.ipynb))
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-install test-oldest lint export pages docs clean
+.DELETE_ON_ERROR:
+
+help:  ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ssm_lib needs Python 3.11 or later: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	touch $@
+
+# One stamp per extra: installed again only when what is to be installed has changed.
+$(VENV)/.installed-%: $(PACKAGING) | $(VENV)/.made
+	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	touch $@
+
+install: $(VENV)/.installed-dev  ## make .venv with everything that development needs
+
+demo: $(VENV)/.installed-demo  ## train on a real PDE, roll it out, and write the results under runs/
+	$(BIN)/python -m ssm_lib.cli demo
+
+test: install  ## run the guards, the notebooks and the tests
+	$(BIN)/pytest tests/test_guards.py
+	$(BIN)/nbdev_test
+	$(BIN)/pytest --ignore=tests/test_guards.py
+
+test-install:  ## install into a bare environment and import, without any development tool
+	rm -rf .venv-bare build
+	$(PYTHON) -m venv .venv-bare
+	.venv-bare/bin/python -m pip install --quiet .
+	.venv-bare/bin/python -m pip check
+	.venv-bare/bin/python -I -c 'import ssm_lib; print("ssm_lib", ssm_lib.__version__, "imports from a bare install")'
+
+test-oldest:  ## run the notebooks and the tests on the lower bounds of settings.ini (Python 3.11)
+	rm -rf .venv-oldest
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --upgrade pip
+	sed -n 's/^requirements *= *//p' settings.ini | tr ' ' '\n' | sed 's/>=/==/' > .venv-oldest/oldest.txt
+	.venv-oldest/bin/python -m pip install --quiet --constraint .venv-oldest/oldest.txt --editable '.[dev]'
+	.venv-oldest/bin/nbdev_test
+	.venv-oldest/bin/pytest --ignore=tests/test_guards.py
+
+lint: install  ## check the style of notebooks and scripts
+	$(BIN)/ruff check nbs tests tools setup.py $(wildcard benchmarks)
+
+export: install  ## write ssm_lib/ and README.md from the notebooks, and clean the notebooks
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+	$(BIN)/python tools/readme.py
+
+pages: export  ## run every page top to bottom and store its outputs; PAGES=nbs/01_scan.ipynb runs one
+	JAX_PLATFORMS=cpu $(BIN)/jupyter-nbconvert --to notebook --execute --inplace \
+		--ExecutePreprocessor.coalesce_streams=True --log-level=WARN $(PAGES); \
+		status=$$?; $(BIN)/nbdev_clean; exit $$status
+	$(BIN)/python tools/readme.py
+
+docs: install  ## build the site into _docs/ (needs Quarto on the PATH)
+	PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_docs
+
+clean:  ## remove what can be made again; results under runs/ stay
+	rm -rf .venv .venv-bare .venv-oldest build dist _docs _proc nbs/nbdev.yml *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
