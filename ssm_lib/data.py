@@ -29,7 +29,7 @@ def check_trajectories(
     if x.size == 0:
         raise ValueError(f"{name} has shape {x.shape}; expected no empty axis. Check how it was cut.")
     if not np.issubdtype(x.dtype, np.floating):
-        raise ValueError(f"{name} has dtype {x.dtype}; expected a real floating type. Convert with x.astype('float32').")
+        raise ValueError(f"{name} has dtype {x.dtype}; expected real floats. Convert with x.astype('float32').")
     return x
 
 # %% ../nbs/42_data.ipynb #afbd11dc
@@ -92,7 +92,8 @@ def pde_trajectories(
     if pde not in PDES or n_dims not in (1, 2):
         raise ValueError(f"pde={pde!r}, n_dims={n_dims}; expected one of {sorted(PDES)} in 1 or 2 dimensions.")
     if min(n_trajectories, n_frames, substeps) < 1:
-        raise ValueError(f"got {n_trajectories} trajectories, {n_frames} frames, {substeps} substeps; expected >= 1 each.")
+        got = f"{n_trajectories} trajectories, {n_frames} frames, {substeps} substeps"
+        raise ValueError(f"got {got}; expected at least 1 of each.")
     given = {"n_points": n_points, "domain_extent": domain_extent, "dt": dt, "warmup": warmup}
     s = PDES[pde] | {k: v for k, v in given.items() if v is not None}
     stepper = _stepper(pde, n_dims, s["n_points"], s["domain_extent"], s["dt"], substeps, coefficients)
@@ -134,7 +135,8 @@ def load_trajectories(
     bad = ~np.isfinite(x)
     if bad.any():
         first = tuple(int(i) for i in np.argwhere(bad)[0])
-        raise ValueError(f"{path} holds {int(bad.sum())} values that are NaN or infinite, the first at {first}. Mend or drop them.")
+        count = f"{int(bad.sum())} values that are NaN or infinite"
+        raise ValueError(f"{path} holds {count}, the first at {first}; expected none. Mend or drop them.")
     return x.astype(np.float32, copy=False)
 
 # %% ../nbs/42_data.ipynb #1be4b0bb
@@ -200,7 +202,7 @@ def windows(
     "All windows of all trajectories, in order of trajectory, then time. Read-only where it is a view."
     n_frames = check_trajectories(x).shape[1]
     if not 1 <= length <= n_frames or stride < 1:
-        raise ValueError(f"length={length}, stride={stride}; expected 1 <= length <= {n_frames} frames and stride >= 1.")
+        raise ValueError(f"length={length}, stride={stride}; expected length from 1 to {n_frames} and stride >= 1.")
     view = np.lib.stride_tricks.sliding_window_view(x, length, axis=1)[:, ::stride]
     view = np.moveaxis(view, -1, 2)
     return view.reshape(-1, length, *x.shape[2:])
