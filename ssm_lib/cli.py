@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DEMO', 'N_TEST', 'LEADS', 'build_model', 'train', 'forecasts', 'table', 'write_run', 'demo', 'roll_out', 'main']
 
-# %% ../nbs/50_cli.ipynb #c9d24431
+# %% ../nbs/50_cli.ipynb #76a04c1d
 import argparse
 import json
 import sys
@@ -20,7 +20,7 @@ import numpy as np
 from .data import fit_normalizer, load_trajectories, pde_trajectories, split_trajectories, window_batches, windows
 from .metrics import fit_linear, nrmse, persistence
 from .models import BatchStackedSSMModel, IncrementModel
-from .plots import animate_rollout, plot_errors, plot_rollout
+from .plots import animate_rollout, plot_errors, plot_rollout, save_figure
 from .rollout import rollout
 from .s5 import S5SSM
 from .training import fit, load_checkpoint, make_optimizer, rollout_loss, save_checkpoint
@@ -84,7 +84,7 @@ def table(
     rows = ["| lead (frames) | " + " | ".join(errors) + " |", "|---" * (len(errors) + 1) + "|"]
     return "\n".join(rows + [f"| {k} | " + " | ".join(f"{e[k - 1]:.3f}" for e in errors.values()) + " |" for k in LEADS])
 
-# %% ../nbs/50_cli.ipynb #dcae7b80
+# %% ../nbs/50_cli.ipynb #35c25a9f
 def write_run(
     folder: Path,  # made if missing
     config: dict,  # the run
@@ -99,8 +99,8 @@ def write_run(
     metrics = {"nrmse": {name: list(map(float, e)) for name, e in errors.items()}, "leads": list(LEADS), "training_seconds": seconds}
     (folder / "metrics.json").write_text(json.dumps({**metrics, "n_starts": len(truth), "config": config}, indent=1))
     dt, middle = config["data"]["dt"], int(np.argsort(((made["model"] - truth) ** 2).mean((1, 2, 3)))[len(truth) // 2])
-    plot_rollout(truth[middle], made["model"][middle], dt=dt, time_label="time").savefig(folder / "rollout.png", dpi=80)
-    plot_errors(errors).savefig(folder / "errors.png", dpi=100)
+    save_figure(plot_rollout(truth[middle], made["model"][middle], dt=dt, time_label="time"), folder / "rollout.png", dpi=80)
+    save_figure(plot_errors(errors), folder / "errors.png")
     animate_rollout(truth[middle], made["model"][middle], folder / "rollout.gif")
     return errors
 

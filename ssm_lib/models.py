@@ -45,7 +45,17 @@ class DenseMixing(nn.Module):
     def decode(self, h):
         return self.decoder(h).reshape(*h.shape[:-1], *self.space, self.d_vars)
 
-# %% ../nbs/31_models.ipynb #2241c998
+# %% ../nbs/31_models.ipynb #09dda62e
+def _check_stack(model):
+    "Raise a ValueError for fields that cannot make a model."
+    check_positive(d_vars=model.d_vars, n_layers=model.n_layers, n_steps=model.n_steps)
+    if len(model.space) != len(model.space_axes):
+        raise ValueError(f"d_model is {model.d_model}; expected {len(model.space_axes)} size(s), {model.space_axes}.")
+    check_positive(**dict(zip(model.space_axes, model.space)))
+    check_choice("norm", model.norm, NORMS)
+    check_choice("activation", model.activation, ACTIVATIONS)
+
+# %% ../nbs/31_models.ipynb #98251b48
 class _Stack(nn.Module):
     "What the stacked models share: frames → features → blocks → frames, in the three ways of the contract."
 
@@ -65,21 +75,13 @@ class _Stack(nn.Module):
     batch_axis = None  # name of the batch axis in the Batch models
 
     def __post_init__(self):
-        self._check_fields()
+        _check_stack(self)
         first = self.ssm_first_layer or self.ssm
         own = getattr(first, "keywords", {}).get("n_steps")
         if None not in (own, self.n_steps) and own != self.n_steps:
             raise ValueError(f"n_steps is {self.n_steps}, but the first layer has n_steps = {own}; expected one of them, or the same.")
         object.__setattr__(self, "n_steps", self.n_steps if own is None else own)
         super().__post_init__()
-
-    def _check_fields(self):
-        check_positive(d_vars=self.d_vars, n_layers=self.n_layers, n_steps=self.n_steps)
-        if len(self.space) != len(self.space_axes):
-            raise ValueError(f"d_model is {self.d_model}; expected {len(self.space_axes)} size(s), {self.space_axes}.")
-        check_positive(**dict(zip(self.space_axes, self.space)))
-        check_choice("norm", self.norm, NORMS)
-        check_choice("activation", self.activation, ACTIVATIONS)
 
     @property
     def space(self):
@@ -124,13 +126,13 @@ class _Stack(nn.Module):
     def _through(self, way, x, carry, dt, mask, reset):
         h, new = self.mixing.encode(visible(x, mask)), []
         for block, c in zip(self.blocks, carry, strict=True):
-            c, h = block.prefill(h, c, dt=dt, mask=mask, reset=reset) if way == "prefill" else block.step(c, h, dt=dt, mask=mask, reset=reset)
+            arguments = (h, c) if way == "prefill" else (c, h)
+            c, h = getattr(block, way)(*arguments, dt=dt, mask=mask, reset=reset)
             new.append(c)
         return tuple(new), self.mixing.decode(h).astype(x.dtype)
 
     def _check(self, x, lead):
-        remedy = "Use the Batch model for a leading batch axis." if self.batch_axis is None else "Use the unbatched model for one trajectory."
-        check_frames(x, (*self.space, self.d_vars), lead, remedy)
+        check_frames(x, (*self.space, self.d_vars), lead, "Use the Batch model for a leading batch axis.")
 
 # %% ../nbs/31_models.ipynb #9bb96b6b
 class StackedSSM(_Stack):

@@ -6,11 +6,14 @@ A new layer is tested by adding one line to LAYERS.
 from functools import partial
 
 import jax
+import jax.experimental
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ssm_lib import LRU, S5SSM, BatchStackedSSM2DModel, BatchStackedSSMModel, LRUDynamics, SequenceLayer, rollout
+
+enable_x64 = getattr(jax, "enable_x64", None) or jax.experimental.enable_x64  # its place until jax 0.8
 
 LAYERS = {
     "s5_zoh": partial(S5SSM, d_hidden=16, blocks=2),
@@ -88,7 +91,7 @@ def test_layer_dtypes(ssm):
     half = layer.apply(v, u.astype(jnp.bfloat16))
     assert half.dtype == jnp.bfloat16
     close(half.astype(jnp.float32), y, 0.02)
-    with jax.enable_x64(True):
+    with enable_x64(True):
         v64, u64 = jax.tree.map(lambda p: jnp.asarray(p, jnp.float64), (v, u))
         y64 = layer.apply(v64, u64)
         assert y64.dtype == jnp.float64

@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import jax
+import jax.experimental
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ssm_lib import LRU, S5SSM, make_DPLR_HiPPO, make_NPLR_HiPPO
 
+enable_x64 = getattr(jax, "enable_x64", None) or jax.experimental.enable_x64  # its place until jax 0.8
 GOLDEN = Path(__file__).parent / "golden"
 LAYERS = {"s5": S5SSM, "lru": LRU}
 
@@ -53,7 +55,7 @@ def test_layer(path):
     assert shapes == {name: value.shape for name, value in group(data, "params/").items()}
 
     ours = evaluate(layer, data, jnp.float32)
-    with jax.enable_x64(True):
+    with enable_x64(True):
         truth = {name: np.asarray(value) for name, value in evaluate(layer, data, jnp.float64).items()}
     for name, got in ours.items():
         assert got.dtype == jnp.float32 and truth[name].dtype == np.float64
