@@ -156,7 +156,7 @@ def _widen(u):
     "At least float32: half-precision frames still drive a single-precision state."
     return u.astype(jnp.promote_types(u.dtype, jnp.float32))
 
-# %% ../nbs/03_diagonal.ipynb #4612a69f
+# %% ../nbs/03_diagonal.ipynb #4db89963
 class DiagonalSSM(nn.Module):
     """Base of the diagonal layers: the contract in terms of `system`.
 
@@ -204,7 +204,9 @@ class DiagonalSSM(nn.Module):
         "The system of this call, or why this layer cannot run so."
         system = self.system(None if dt is None else jnp.asarray(dt))
         if system.C_back is not None and not whole:
-            raise ValueError("A bidirectional layer needs the whole sequence; it has no prefill or step. Call it, or use bidirectional=False.")
+            raise ValueError(
+                "A bidirectional layer needs the whole sequence; it has no prefill or step. Call it, or use bidirectional=False."
+            )
         if self.n_steps is None:
             return system
         if mask is not None or reset is not None:

@@ -27,7 +27,7 @@ def _check_pair(truth, prediction, variable):
     truth, prediction = (np.asarray(x[..., variable], float) for x in (truth, prediction))
     return truth, prediction, max(np.abs(truth).max(), 1e-12)
 
-# %% ../nbs/44_plots.ipynb #de25c180
+# %% ../nbs/44_plots.ipynb #99250af7
 def plot_rollout(
     truth: np.ndarray,  # (T, W, C) or (T, H, W, C), one trajectory
     prediction: np.ndarray,  # same shape
@@ -46,8 +46,8 @@ def plot_rollout(
         for ax, k in zip(row, np.linspace(0, T - 1, columns).astype(int)):
             frame = field.T if truth.ndim == 2 else field[k]
             extent = (0, T * dt, 0, frame.shape[0]) if truth.ndim == 2 else None
-            options = dict(cmap="PuOr" if name == "error" else "RdBu_r", vmin=-limit, vmax=limit, origin="lower", extent=extent, interpolation="nearest")
-            image = ax.imshow(frame, aspect="auto" if truth.ndim == 2 else "equal", **options)
+            options = dict(cmap="PuOr" if name == "error" else "RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
+            image = ax.imshow(frame, aspect="auto" if truth.ndim == 2 else "equal", origin="lower", extent=extent, **options)
             if truth.ndim == 3 and name == "truth":
                 ax.set_title(f"{time_label} {k * dt:g}", fontsize=9)
         row[0].set_ylabel(name)

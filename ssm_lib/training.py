@@ -111,7 +111,7 @@ def _progress(batches, steps, label):
     bar = tqdm(batches, total=steps, desc=label, mininterval=0.5, dynamic_ncols=True)
     return bar, lambda loss: bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
 
-# %% ../nbs/41_training.ipynb #33422a4e
+# %% ../nbs/41_training.ipynb #edf490d5
 class DivergedError(FloatingPointError):
     "Training met a loss that is not finite; `variables` are the last good ones."
 
@@ -136,7 +136,8 @@ def fit(
     check_positive(steps=steps, check_every=check_every)
     if "batch_stats" in variables:
         raise ValueError("variables hold batch_stats, which fit does not update; expected a model with norm='layer'.")
-    state, keys, losses, good = optimizer.init(variables["params"]), jax.random.split(jax.random.PRNGKey(seed), steps), [], (0, variables)
+    state, keys = optimizer.init(variables["params"]), jax.random.split(jax.random.PRNGKey(seed), steps)
+    losses, good = [], (0, variables)
     shown, show = _progress(batches, steps, progress) if progress else (batches, lambda loss: None)
     for step, (batch, key) in enumerate(zip(shown, keys), 1):
         new, state, value = train_step(loss, optimizer, variables, state, batch, key)
@@ -151,7 +152,7 @@ def fit(
         variables = new
     return variables, np.asarray(losses)
 
-# %% ../nbs/41_training.ipynb #aad93926
+# %% ../nbs/41_training.ipynb #90efce7f
 def save_checkpoint(
     path: str | Path,  # file to write; folders are made
     variables,  # nested dict of arrays
@@ -179,4 +180,5 @@ def load_checkpoint(
     except FileNotFoundError:
         raise ValueError(f"checkpoint {path} does not exist; expected a file written by save_checkpoint.") from None
     except Exception as error:
-        raise ValueError(f"checkpoint {path} cannot be read ({type(error).__name__}); expected a file written by save_checkpoint.") from None
+        kind = type(error).__name__
+        raise ValueError(f"checkpoint {path} cannot be read ({kind}); expected a file written by save_checkpoint.") from None

@@ -42,7 +42,10 @@ def evaluate(layer, data, dtype):
     return {"y": y, "grad_u": grad_u, **{f"grad/{name}": value for name, value in grads.items()}}
 
 
-@pytest.mark.parametrize("path", sorted(p for p in GOLDEN.glob("*.npz") if p.stem.split("_")[0] in LAYERS and "hippo" not in p.stem), ids=lambda p: p.stem)
+LAYER_FILES = sorted(path for path in GOLDEN.glob("*.npz") if path.stem.split("_")[0] in LAYERS and "hippo" not in path.stem)
+
+
+@pytest.mark.parametrize("path", LAYER_FILES, ids=lambda path: path.stem)
 def test_layer(path):
     """Within 1e-5 of the truth, the same layer in float64, and of the golden value beyond the golden value's own error.
 
