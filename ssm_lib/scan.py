@@ -54,7 +54,7 @@ def _pick(backend):
         raise ValueError(f"backend is {backend!r}; expected one of {['auto', *SCAN_BACKENDS]}.")
     return backend
 
-# %% ../nbs/01_scan.ipynb #622f7101
+# %% ../nbs/01_scan.ipynb #ef8202df
 @partial(jax.custom_jvp, nondiff_argnums=(3, 4))
 def _scan(a, b, x0, reverse, backend):
     return SCAN_BACKENDS[backend](a, b, x0, reverse)
@@ -66,7 +66,10 @@ def _scan_jvp(reverse, backend, primals, tangents):
     da, db, dx0 = tangents
     xs = _scan(a, b, x0, reverse, backend)
     before = jnp.concatenate([xs[1:], x0[None]] if reverse else [x0[None], xs[:-1]])
-    return xs, _scan(a, da * before + db, dx0, reverse, backend)
+    # Linear in (b, x0), so its derivative is itself; asked of JAX, it comes in a form that every version can transpose.
+    linear = lambda b, x0: SCAN_BACKENDS[backend](a, b, x0, reverse)
+    zero = jnp.zeros_like(b), jnp.zeros_like(x0)
+    return xs, jax.jvp(linear, zero, (da * before + db, dx0))[1]
 
 # %% ../nbs/01_scan.ipynb #27ac6ad9
 def _check_scan(Lambda_bar, Bu, x0):
