@@ -129,7 +129,7 @@ def demo(
         print(f"The model does not beat both baselines at lead {lost}. Train longer: --updates {2 * updates}.")
     return 1 if lost else 0
 
-# %% ../nbs/50_cli.ipynb #e39dfa58
+# %% ../nbs/50_cli.ipynb #4fba8606
 def roll_out(
     run: str,  # folder of a run
     history: str,  # .npy or .npz with (N, T0, W, C)
@@ -172,5 +172,5 @@ def main(
         return 2
 
 
-if __name__ == "__main__" and "ipykernel" not in sys.modules:
+if __name__ == "__main__" and "__file__" in globals():  # as a program, not as a page
     sys.exit(main())
