@@ -25,12 +25,12 @@ from .rollout import rollout
 from .s5 import S5SSM
 from .training import fit, load_checkpoint, make_optimizer, rollout_loss, save_checkpoint
 
-# %% ../nbs/50_cli.ipynb #30248572
+# %% ../nbs/50_cli.ipynb #817bd1f5
 DEMO = {
     "data": {"pde": "kuramoto_sivashinsky", "n_trajectories": 80, "n_frames": 200, "n_points": 64, "dt": 0.25},
     "model": {"d_model": 64, "d_vars": 1, "n_layers": 4, "activation": "full_glu"},
-    "layer": {"d_hidden": 64, "blocks": 8, "dt_min": 0.01, "dt_max": 2.0},
-    "training": {"window": 25, "batch_size": 24, "learning_rate": 6e-3},
+    "layer": {"d_hidden": 64, "blocks": 8, "dt_min": 0.3, "dt_max": 3.0, "clip_eigs": True},
+    "training": {"window": 17, "batch_size": 32, "learning_rate": 8e-3},
 }
 N_TEST, LEADS = 24, (1, 10, 50, 100)
 
@@ -104,11 +104,11 @@ def write_run(
     animate_rollout(truth[middle], made["model"][middle], folder / "rollout.gif")
     return errors
 
-# %% ../nbs/50_cli.ipynb #9acb61e1
+# %% ../nbs/50_cli.ipynb #81345a68
 def demo(
     out: str | None = None,  # folder of the run; None makes one under runs/
     seed: int = 0,  # of data, parameters and batches
-    updates: int = 4000,  # of the parameters
+    updates: int = 5000,  # of the parameters
     quiet: bool = False,  # no progress bar
 ) -> int:  # 0 if the model beats both baselines at every lead, else 1
     "Learn Kuramoto–Sivashinsky, roll it out from held-out frames, and compare."
@@ -129,7 +129,7 @@ def demo(
         print(f"The model does not beat both baselines at lead {lost}. Train longer: --updates {2 * updates}.")
     return 1 if lost else 0
 
-# %% ../nbs/50_cli.ipynb #4fba8606
+# %% ../nbs/50_cli.ipynb #6c52d611
 def roll_out(
     run: str,  # folder of a run
     history: str,  # .npy or .npz with (N, T0, W, C)
@@ -157,7 +157,7 @@ def main(
     d = commands.add_parser("demo", help="learn a chaotic PDE, roll it out, compare with baselines")
     d.add_argument("--out", help="folder of the run (default: a new one under runs/)")
     d.add_argument("--seed", type=int, default=0)
-    d.add_argument("--updates", type=int, default=4000, help="of the parameters (default: 4000)")
+    d.add_argument("--updates", type=int, default=5000, help="of the parameters (default: 5000)")
     d.add_argument("--quiet", action="store_true", help="no progress bar")
     r = commands.add_parser("rollout", help="roll out a trained run from your own frames")
     r.add_argument("run", help="folder of a run")
