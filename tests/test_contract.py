@@ -13,7 +13,7 @@ import pytest
 
 from ssm_lib import LRU, S5SSM, BatchStackedSSM2DModel, BatchStackedSSMModel, LRUDynamics, SequenceLayer, rollout
 
-enable_x64 = getattr(jax, "enable_x64", None) or jax.experimental.enable_x64  # its place until jax 0.8
+enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64  # its place until jax 0.8
 
 LAYERS = {
     "s5_zoh": partial(S5SSM, d_hidden=16, blocks=2),

@@ -10,7 +10,7 @@ import pytest
 
 from ssm_lib import LRU, S5SSM, make_DPLR_HiPPO, make_NPLR_HiPPO
 
-enable_x64 = getattr(jax, "enable_x64", None) or jax.experimental.enable_x64  # its place until jax 0.8
+enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64  # its place until jax 0.8
 GOLDEN = Path(__file__).parent / "golden"
 LAYERS = {"s5": S5SSM, "lru": LRU}
 
