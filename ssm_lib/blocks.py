@@ -62,7 +62,7 @@ class SequenceLayer(nn.Module):
     axis_name : name of the vmapped axis that batch statistics are shared over
 
     Around an initial-condition layer (`n_steps`), the residual too sees only frame 0: the block acts on
-    the impulse [x_0, 0, 0, …].
+    the impulse [x_0, 0, 0, …]. Such a layer's carry is (state, started), and the block reads its flag.
     """
 
     ssm: Callable
@@ -101,24 +101,23 @@ class SequenceLayer(nn.Module):
         check_frames(x, (self.d_model,), "L", "Use the Batch model, or vmap over the batch.")
         self._check_carried()
         x = visible(x, mask)
-        carry, started = self._split(self.initial_carry() if carry is None else carry)
-        skip = x if started is None else impulse(x, started, len(x))
+        carry = self.initial_carry() if carry is None else carry
+        skip = x if getattr(self.seq, "n_steps", None) is None else impulse(x, carry[1], len(x))
         carry, y = self.seq.prefill(self._before(x), carry, dt=dt, mask=mask, reset=reset)
-        return self._join(carry, len(x) > 0 or started), self._after(skip, y)
+        return carry, self._after(skip, y)
 
     def step(self, carry, x_k, *, dt=None, mask=None, reset=None):
         "One step from a carried state, x_k (d_model,): (carry, y_k)."
         check_frames(x_k, (self.d_model,), "", "A step takes one frame; vmap over a batch.")
         self._check_carried()
         x_k = visible(x_k, mask)
-        carry, started = self._split(carry)
-        skip = x_k if started is None else jnp.where(started, 0, x_k)
+        skip = x_k if getattr(self.seq, "n_steps", None) is None else jnp.where(carry[1], 0, x_k)
         carry, y = self.seq.step(carry, self._before(x_k), dt=dt, mask=mask, reset=reset)
-        return self._join(carry, True), self._after(skip, y)
+        return carry, self._after(skip, y)
 
     def initial_carry(self):
-        "The layer's zero state; with a flag for the first frame around an initial-condition layer."
-        return self._join(self.seq.initial_carry(), False)
+        "The zero state of the layer inside."
+        return self.seq.initial_carry()
 
     def _before(self, x):
         return (self.normalize(x) if self.prenorm else x).astype(x.dtype)
@@ -130,9 +129,3 @@ class SequenceLayer(nn.Module):
     def _check_carried(self):
         if self.norm == "batch" and self.training:
             raise ValueError("norm='batch' with training=True needs the whole sequence for its statistics. Use training=False.")
-
-    def _split(self, carry):
-        return carry if getattr(self.seq, "n_steps", None) is not None else (carry, None)
-
-    def _join(self, carry, started):
-        return (carry, jnp.asarray(started)) if getattr(self.seq, "n_steps", None) is not None else carry

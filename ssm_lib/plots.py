@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from .diagonal import check_positive
+
 # %% ../nbs/44_plots.ipynb #aed5fd39
 def _pyplot():
     try:
@@ -117,13 +119,15 @@ def animate_rollout(
     path: str | Path,  # .gif to write
     *,
     fps: int = 15,  # frames per second
+    every: int = 1,  # show one frame in so many
     variable: int = 0,  # which of the C
 ) -> None:
     "Write an animation of truth and prediction. Needs matplotlib and pillow."
+    check_positive(every=every)
     truth, prediction, top = _check_pair(truth, prediction, variable)
     plt = _pyplot()
     from matplotlib.animation import FuncAnimation, PillowWriter
 
     fig, draw = (_line_frames if truth.ndim == 2 else _grid_frames)(plt, truth, prediction, top)
-    FuncAnimation(fig, draw, frames=len(truth)).save(path, writer=PillowWriter(fps=fps), dpi=80)
+    FuncAnimation(fig, draw, frames=range(0, len(truth), every)).save(path, writer=PillowWriter(fps=fps), dpi=80)
     plt.close(fig)

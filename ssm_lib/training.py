@@ -29,10 +29,12 @@ def next_frame_loss(
     x: jax.Array,  # (B, T, *space, C) windows
     key: jax.Array,  # random key, for dropout
     scale: float = 1.0,  # unit of the error
-) -> jax.Array:  # scalar
+):  # scalar; (scalar, new batch_stats) for a model with norm="batch"
     "Mean squared error of y[k] against x[k+1], at every position."
-    y = model.apply(variables, x[:, :-1], rngs={"dropout": key})
-    return jnp.mean(((y - x[:, 1:]) / scale) ** 2)
+    statistics = [name for name in variables if name == "batch_stats"]
+    y, updated = model.apply(variables, x[:, :-1], rngs={"dropout": key}, mutable=statistics)
+    loss = jnp.mean(((y - x[:, 1:]) / scale) ** 2)
+    return (loss, updated) if statistics else loss
 
 
 def rollout_loss(
@@ -88,7 +90,7 @@ def make_optimizer(
 # %% ../nbs/41_training.ipynb #ca1e73b2
 @partial(jax.jit, static_argnames=("loss", "optimizer"), donate_argnames=("state",))
 def train_step(
-    loss: Callable,  # (variables, batch, key) → scalar
+    loss: Callable,  # (variables, batch, key) → scalar, or (scalar, renewed collections)
     optimizer: optax.GradientTransformation,
     variables,  # collections of the model; "params" is trained
     state,  # state of the optimiser
@@ -97,31 +99,43 @@ def train_step(
 ):  # variables, state, loss value
     "One update of the parameters."
     params = variables["params"]
-    value, grads = jax.value_and_grad(lambda p: loss({**variables, "params": p}, batch, key))(params)
+
+    def scalar_first(params):
+        out = loss({**variables, "params": params}, batch, key)
+        return out if isinstance(out, tuple) else (out, {})
+
+    (value, renewed), grads = jax.value_and_grad(scalar_first, has_aux=True)(params)
     updates, state = optimizer.update(grads, state, params)
-    return {**variables, "params": optax.apply_updates(params, updates)}, state, value
+    return {**variables, **renewed, "params": optax.apply_updates(params, updates)}, state, value
 
 
 def _progress(batches, steps, label):
-    "The batches behind a progress bar, or as they are where tqdm is not installed."
+    "The batches behind a progress bar, and a function that shows step and loss; plain lines where tqdm is not installed."
     try:
         from tqdm import tqdm
     except ImportError:
-        return batches, lambda loss: None
+        return batches, lambda step, loss: print(f"{label}: step {step} of {steps}, loss {loss:.4f}", flush=True)
     bar = tqdm(batches, total=steps, desc=label, mininterval=0.5, dynamic_ncols=True)
-    return bar, lambda loss: bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+    return bar, lambda step, loss: bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+
+
+@jax.jit
+def _all_finite(variables):
+    return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(variables)]))
 
 # %% ../nbs/41_training.ipynb #edf490d5
 class DivergedError(FloatingPointError):
-    "Training met a loss that is not finite; `variables` are the last good ones."
+    "Training met a loss or a parameter that is not finite; `variables` are the last good ones."
 
     def __init__(self, step, good_step, variables):
-        super().__init__(f"loss is not finite at step {step}; the variables of step {good_step} are kept. Lower the learning rate.")
+        super().__init__(
+            f"loss or parameters are not finite by step {step}; the variables of step {good_step} are kept. Lower the learning rate."
+        )
         self.variables = variables
 
 
 def fit(
-    loss: Callable,  # (variables, batch, key) → scalar, e.g. partial(next_frame_loss, model)
+    loss: Callable,  # as in train_step, e.g. partial(next_frame_loss, model)
     variables,  # where to start
     batches: Iterable,  # batches, at least `steps` of them
     optimizer: optax.GradientTransformation,  # e.g. make_optimizer(…)
@@ -129,26 +143,24 @@ def fit(
     *,
     seed: int = 0,  # of dropout
     progress: str | None = None,  # label of a progress bar; None shows none
-    check_every: int = 50,  # steps between looks at the loss
-    checkpoint: str | Path | None = None,  # file that the last good variables are written to at each look
+    check_every: int = 50,  # steps between looks
+    save: Callable | None = None,  # called with the variables after each good look, e.g. partial(save_checkpoint, path, config=config)
 ):  # variables, losses (steps,)
-    "Train, watching the loss. Raises DivergedError as soon as a look finds one that is not finite."
+    "Train, watching loss and parameters. Raises DivergedError as soon as a look finds what is not finite."
     check_positive(steps=steps, check_every=check_every)
-    if "batch_stats" in variables:
-        raise ValueError("variables hold batch_stats, which fit does not update; expected a model with norm='layer'.")
     state, keys = optimizer.init(variables["params"]), jax.random.split(jax.random.PRNGKey(seed), steps)
     losses, good = [], (0, variables)
-    shown, show = _progress(batches, steps, progress) if progress else (batches, lambda loss: None)
+    shown, show = _progress(batches, steps, progress) if progress else (batches, lambda step, loss: None)
     for step, (batch, key) in enumerate(zip(shown, keys), 1):
         new, state, value = train_step(loss, optimizer, variables, state, batch, key)
         losses.append(value)
         if step % check_every == 0 or step == steps:
-            if not np.isfinite(np.asarray(losses[good[0] :])).all():
+            if not (np.isfinite(np.asarray(losses[good[0] :])).all() and _all_finite(new)):
                 raise DivergedError(step, *good)
-            show(float(value))
+            show(step, float(value))
             good = (step, new)
-            if checkpoint is not None:
-                save_checkpoint(checkpoint, new)
+            if save is not None:
+                save(new)
         variables = new
     return variables, np.asarray(losses)
 
@@ -156,6 +168,7 @@ def fit(
 def save_checkpoint(
     path: str | Path,  # file to write; folders are made
     variables,  # nested dict of arrays
+    *,
     config: dict | None = None,  # anything JSON can hold
 ) -> None:
     "Write variables and a config to one file, atomically."
