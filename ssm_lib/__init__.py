@@ -11,7 +11,9 @@ from ssm_lib.data import (
     window_batches,
     windows,
 )
-from ssm_lib.diagonal import DiagonalSSM, DiagonalSystem
+from ssm_lib.contract import SSMLayer
+from ssm_lib.convolution import causal_convolution, discretize_dense, kernel_dense, run_dense
+from ssm_lib.diagonal import DiagonalBank, DiagonalSystem
 from ssm_lib.discretization import bilinear, discretize_bilinear, discretize_zoh, zoh
 from ssm_lib.hippo import make_DPLR_HiPPO, make_HiPPO, make_NPLR_HiPPO
 from ssm_lib.lru import LRU, LRUDynamics

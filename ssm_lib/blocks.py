@@ -12,7 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from .diagonal import check_choice, check_frames, check_positive, impulse, visible
+from .contract import check_choice, check_frames, check_positive, impulse
+from .diagonal import visible
 
 # %% ../nbs/30_blocks.ipynb #185d68a2
 ACTIVATIONS = ("full_glu", "half_glu1", "half_glu2", "gelu")

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .data import fit_normalizer, load_trajectories, pde_trajectories, split_trajectories, window_batches, windows
-from .diagonal import check_positive
+from .contract import check_positive
 from .metrics import fit_linear, nrmse, persistence
 from .models import BatchStackedSSMModel, IncrementModel
 from .plots import animate_rollout, plot_errors, plot_rollout, save_figure

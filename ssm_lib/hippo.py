@@ -8,7 +8,7 @@ __all__ = ['make_HiPPO', 'make_NPLR_HiPPO', 'make_DPLR_HiPPO']
 # %% ../nbs/10_hippo.ipynb #6d38caf1
 import numpy as np
 
-from .diagonal import check_positive
+from .contract import check_positive
 
 # %% ../nbs/10_hippo.ipynb #fe579639
 def make_HiPPO(

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .diagonal import DiagonalSSM, DiagonalSystem, check_positive, impulse, run
+from .contract import SSMLayer, check_positive, impulse
+from .diagonal import DiagonalSystem
 from .discretization import clip_poles, phi1
 from .scan import linear_scan
 
@@ -95,7 +96,7 @@ def apply_lru_dynamics(
     D: jax.Array,  # (H,) feedthrough
 ) -> jax.Array:  # (L, H)
     "Outputs of an LRU system over a sequence (Orvieto et al. 2023, eq. 3 and 7)."
-    return run(_lru_system(discrete_lambda, B_norm, C, D), inputs)[1]
+    return _lru_system(discrete_lambda, B_norm, C, D).whole(inputs)
 
 
 def apply_lru_dynamics_from_ic(
@@ -107,10 +108,10 @@ def apply_lru_dynamics_from_ic(
 ) -> jax.Array:  # (n_steps, H)
     "The response to the impulse [ic, 0, 0, …], without feedthrough."
     check_positive(n_steps=n_steps)
-    return run(_lru_system(discrete_lambda, B_norm, C, None), impulse(ic, False, n_steps))[1]
+    return _lru_system(discrete_lambda, B_norm, C, None).whole(impulse(ic, False, n_steps))
 
 # %% ../nbs/21_lru.ipynb #e5766e90
-class LRU(DiagonalSSM):
+class LRU(SSMLayer):
     """The linear recurrent unit (Orvieto et al. 2023): u (L, d_model) → y (L, d_model).
 
     Parameters

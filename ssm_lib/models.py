@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from .blocks import ACTIVATIONS, NORMS, SequenceLayer
-from .diagonal import check_choice, check_frames, check_positive, visible
+from .contract import check_choice, check_frames, check_positive
+from .diagonal import visible
 
 # %% ../nbs/31_models.ipynb #d7464995
 class DenseMixing(nn.Module):

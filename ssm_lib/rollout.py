@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from .diagonal import check_positive
+from .contract import check_positive
 
 # %% ../nbs/40_rollout.ipynb #e6460a39
 def _inference(model):

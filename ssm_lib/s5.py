@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .diagonal import DiagonalSSM, DiagonalSystem, check_choice, check_positive, impulse, run
+from .contract import SSMLayer, check_choice, check_positive, impulse
+from .diagonal import DiagonalSystem, to_complex, to_pairs
 from .discretization import DISCRETIZATIONS, clip_poles, discretize_bilinear, discretize_zoh  # noqa: F401
 from .hippo import make_DPLR_HiPPO, make_HiPPO, make_NPLR_HiPPO  # noqa: F401
 from .scan import binary_operator  # noqa: F401
@@ -41,16 +42,6 @@ def init_log_steps(
     return log_step_initializer(dt_min, dt_max)(key, (P, 1))
 
 # %% ../nbs/20_s5.ipynb #fa52e007
-def _pair(z):
-    "Complex array to real pairs in a last axis."
-    return jnp.stack([z.real, z.imag], -1)
-
-
-def _complex(pair):
-    "Real pairs in the last axis to a complex array."
-    return jax.lax.complex(pair[..., 0], pair[..., 1])
-
-
 def init_VinvB(
     init_fun,  # initialiser (key, shape) of the real B
     rng: jax.Array,  # random key
@@ -58,7 +49,7 @@ def init_VinvB(
     Vinv: jax.Array,  # (P, N) inverse eigenvectors
 ) -> jax.Array:  # (P, H, 2)
     "B drawn in the original basis, rotated by V⁻¹ (Smith et al. 2023, S5, appendix B.1.2)."
-    return _pair(jnp.asarray(Vinv) @ init_fun(rng, shape))
+    return to_pairs(jnp.asarray(Vinv) @ init_fun(rng, shape))
 
 
 def trunc_standard_normal(
@@ -78,7 +69,7 @@ def init_CV(
     V: jax.Array,  # (N, P) eigenvectors
 ) -> jax.Array:  # (H, P, 2)
     "C drawn in the original basis, rotated by V (Smith et al. 2023, S5, appendix B.1.2)."
-    return _pair(_complex(init_fun(rng, shape)) @ jnp.asarray(V))
+    return to_pairs(to_complex(init_fun(rng, shape)) @ jnp.asarray(V))
 
 # %% ../nbs/20_s5.ipynb #3946e8bb
 def _check_blocks(d_hidden, blocks, conj_sym):
@@ -121,7 +112,7 @@ def apply_ssm(
     bidirectional: bool,  # whether to run from both ends
 ) -> jax.Array:  # (L, H)
     "Outputs of a discretised S5 system, without feedthrough (Smith et al. 2023, S5, appendix A)."
-    return run(_published(Lambda_bar, B_bar, C_tilde, conj_sym, bidirectional), input_sequence)[1]
+    return _published(Lambda_bar, B_bar, C_tilde, conj_sym, bidirectional).whole(input_sequence)
 
 
 def apply_dynamics(
@@ -146,7 +137,7 @@ C_INITS = {
 }
 
 # %% ../nbs/20_s5.ipynb #993149b1
-class S5SSM(DiagonalSSM):
+class S5SSM(SSMLayer):
     """The S5 layer (Smith, Warrington & Linderman 2023): u (L, d_model) → y (L, d_model).
 
     Parameters
@@ -218,5 +209,5 @@ class S5SSM(DiagonalSSM):
         Delta = self.step_rescale * jnp.exp(self.log_step[:, 0])
         Delta = Delta if dt is None else Delta * dt[..., None]
         Lambda_bar, gamma = DISCRETIZATIONS[self.discretization](jax.lax.complex(Lambda_re, self.Lambda_im), Delta)
-        Cs = [_complex(C) * (2 if self.conj_sym else 1) for C in self.Cs]
-        return DiagonalSystem(Lambda_bar, gamma, _complex(self.B), Cs[0], self.D, Cs[1] if self.bidirectional else None)
+        Cs = [to_complex(C) * (2 if self.conj_sym else 1) for C in self.Cs]
+        return DiagonalSystem(Lambda_bar, gamma, to_complex(self.B), Cs[0], self.D, Cs[1] if self.bidirectional else None)

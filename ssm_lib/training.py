@@ -19,7 +19,7 @@ import numpy as np
 import optax
 from flax import serialization
 
-from .diagonal import check_positive
+from .contract import check_positive
 from .rollout import rollout
 
 # %% ../nbs/41_training.ipynb #593823b3
