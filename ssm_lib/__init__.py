@@ -15,7 +15,7 @@ from ssm_lib.contract import SSMLayer
 from ssm_lib.convolution import causal_convolution, discretize_dense, kernel_dense, run_dense
 from ssm_lib.diagonal import DiagonalBank, DiagonalSystem
 from ssm_lib.discretization import bilinear, discretize_bilinear, discretize_zoh, zoh
-from ssm_lib.hippo import make_DPLR_HiPPO, make_HiPPO, make_NPLR_HiPPO
+from ssm_lib.hippo import DPLR, Hippo, dplr, make_DPLR_HiPPO, make_HiPPO, make_NPLR_HiPPO, nplr, transition
 from ssm_lib.lru import LRU, LRUDynamics
 from ssm_lib.metrics import fit_linear, nrmse, persistence
 from ssm_lib.models import (
