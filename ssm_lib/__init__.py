@@ -15,6 +15,7 @@ from ssm_lib.contract import SSMLayer
 from ssm_lib.convolution import causal_convolution, discretize_dense, kernel_dense, run_dense
 from ssm_lib.diagonal import DiagonalBank, DiagonalSystem
 from ssm_lib.discretization import bilinear, discretize_bilinear, discretize_zoh, zoh
+from ssm_lib.dss import DSS, complex_softmax, dss_kernel, dss_ssm
 from ssm_lib.hippo import DPLR, Hippo, dplr, make_DPLR_HiPPO, make_HiPPO, make_NPLR_HiPPO, nplr, transition
 from ssm_lib.lru import LRU, LRUDynamics
 from ssm_lib.metrics import fit_linear, nrmse, persistence
@@ -27,6 +28,7 @@ from ssm_lib.models import (
 )
 from ssm_lib.plots import animate_rollout, plot_errors, plot_rollout
 from ssm_lib.rollout import rollout
+from ssm_lib.s4 import S4, S4D
 from ssm_lib.s5 import S5SSM
 from ssm_lib.scan import linear_scan
 from ssm_lib.training import (

@@ -1,6 +1,7 @@
 """Every layer of the library through blocks, models and rollouts: whole, pieces and steps agree.
 
-A new layer is tested by adding one line to LAYERS.
+A new layer is tested by adding one line to LAYERS: its factory and the tolerance of its arithmetic in float32,
+1e-5 of the largest value for a scan, 3e-4 for a convolution. In float64 it is 1e-12, and 1e-9 for S4.
 """
 
 from functools import partial
@@ -11,19 +12,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ssm_lib import LRU, S5SSM, BatchStackedSSM2DModel, BatchStackedSSMModel, LRUDynamics, SequenceLayer, rollout
+from ssm_lib import DSS, LRU, S4, S4D, S5SSM, BatchStackedSSM2DModel, BatchStackedSSMModel, LRUDynamics, SequenceLayer, rollout
 
 enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64  # its place until jax 0.8
 
 LAYERS = {
-    "s5_zoh": partial(S5SSM, d_hidden=16, blocks=2),
-    "s5_bilinear": partial(S5SSM, d_hidden=16, blocks=2, discretization="bilinear", clip_eigs=True),
-    "s5_no_conj": partial(S5SSM, d_hidden=16, blocks=4, conj_sym=False, C_init="complex_normal"),
-    "lru": partial(LRU, d_hidden=16),
+    "s5_zoh": (partial(S5SSM, d_hidden=16, blocks=2), 1e-5),
+    "s5_bilinear": (partial(S5SSM, d_hidden=16, blocks=2, discretization="bilinear", clip_eigs=True), 1e-5),
+    "s5_no_conj": (partial(S5SSM, d_hidden=16, blocks=4, conj_sym=False, C_init="complex_normal"), 1e-5),
+    "lru": (partial(LRU, d_hidden=16), 1e-5),
+    "dss": (partial(DSS, d_hidden=16, l_max=1024), 3e-4),
+    "dss_exp": (partial(DSS, d_hidden=16, l_max=1024, kernel="exp"), 3e-4),
+    "s4d_zoh": (partial(S4D, d_hidden=16, poles="inv"), 3e-4),
+    "s4d_bilinear": (partial(S4D, d_hidden=16, poles="lin", discretization="bilinear"), 3e-4),
+    "s4": (partial(S4, d_hidden=16, l_max=1024), 3e-4),
+    "s4_legt": (partial(S4, d_hidden=16, l_max=1024, measure="legt"), 3e-4),
 }
+EQUAL_STEPS_ONLY = ("dss",)  # no dt per step: its kernel is normalised over l_max equal ones
 MODELS = {"1d": (BatchStackedSSMModel, 6), "2d": (BatchStackedSSM2DModel, (3, 4))}
 KEY = jax.random.PRNGKey(0)
-each_layer = pytest.mark.parametrize("ssm", LAYERS.values(), ids=LAYERS)
+SMALL = LAYERS["lru"][0]
+each_layer = pytest.mark.parametrize("name", LAYERS)
 each_model = pytest.mark.parametrize("model_class, d_model", MODELS.values(), ids=MODELS)
 
 
@@ -40,119 +49,162 @@ def close(got, want, tolerance=1e-5):
     np.testing.assert_allclose(got, want, atol=tolerance * max(np.abs(want).max(), 1e-30), rtol=0)
 
 
-@partial(jax.jit, static_argnums=0)
-def by_step(m, v, carry, u, times):
-    "Steps along axis 0 of u, with the per-step arguments in `times`."
-    return jax.lax.scan(lambda c, at: m.apply(v, c, at[0], method="step", **at[1]), carry, (u, times))
+def by_step(m, v, u, times=None, batch=()):
+    "Steps along axis 0 of u from the zero state, with the per-step arguments in `times`: carry, outputs."
+    size = {"batch_size": batch[0]} if batch else {}
+    zero = m.apply(v, method="initial_carry", **size)
+    return jax.lax.scan(lambda c, at: m.apply(v, c, at[0], method="step", **at[1]), zero, (u, times or {}))
+
+
+def in_pieces(m, v, u, cuts, times=None, axis=0):
+    "Pieces along an axis: carry, outputs."
+    carry, outputs = None, []
+    for start, end in zip([0, *cuts], [*cuts, u.shape[axis]]):
+        piece = jax.lax.slice_in_dim(u, start, end, axis=axis)
+        part = {name: t[start:end] for name, t in (times or {}).items()}
+        carry, y = m.apply(v, piece, carry, method="prefill", **part)
+        outputs.append(y)
+    return carry, jnp.concatenate(outputs, axis)
 
 
 @each_layer
-@pytest.mark.parametrize("L, cuts", ((1, []), (2, [1]), (1000, [1, 400, 401])))
-def test_layer_pieces_and_steps(ssm, L, cuts):
-    layer, u = ssm(d_model=5), noise(L, 5)
-    v = layer.init(KEY, u)
-    carry, pieces = None, []
-    for piece in jnp.split(u, cuts):
-        carry, y = layer.apply(v, piece, carry, method="prefill")
-        pieces.append(y)
-    whole = layer.apply(v, u)
-    close(jnp.concatenate(pieces), whole)
-    last, steps = by_step(layer, v, layer.apply(v, method="initial_carry"), u, {})
-    close(steps, whole)
-    close(last, carry)
+def test_layer_pieces_and_steps(name):
+    ssm, tolerance = LAYERS[name]
+    layer, u = ssm(d_model=5), noise(1000, 5)
+    v = jax.jit(layer.init)(KEY, u)
+
+    @jax.jit
+    def ways(v, u):
+        return layer.apply(v, u), layer.apply(v, u[:2]), layer.apply(v, u[:1]), in_pieces(layer, v, u, [1, 400, 401]), by_step(layer, v, u)
+
+    whole, two, one, (carry, pieces), (last, steps) = ways(v, u)
+    scale = np.abs(whole).max()
+    for got, want in ((pieces, whole), (steps, whole), (two, whole[:2]), (one, whole[:1])):
+        assert got.shape == want.shape and got.dtype == want.dtype
+        np.testing.assert_allclose(got, want, atol=tolerance * scale)
+    jax.tree.map(close, last, carry)
 
 
 @each_layer
-def test_layer_times(ssm):
+def test_layer_times(name):
     "dt, mask and reset together: pieces and steps agree with the whole; gaps and the past leave no trace."
+    ssm, tolerance = LAYERS[name]
     L, layer, rng = 60, ssm(d_model=5), np.random.default_rng(1)
     mask, reset = jnp.asarray(rng.random(L) < 0.7), jnp.zeros(L, bool).at[30].set(True)
     times = dict(dt=jnp.asarray(rng.uniform(0.2, 3, L), jnp.float32), mask=mask, reset=reset)
     u = jnp.where(mask[:, None], noise(L, 5), jnp.nan)
-    v = layer.init(KEY, noise(L, 5))
-    whole = layer.apply(v, u, **times)
-    assert bool(jnp.isfinite(whole).all())
-    close(by_step(layer, v, layer.apply(v, method="initial_carry"), u, times)[1], whole)
-    part = jax.tree.map(lambda t: t[:41], times), jax.tree.map(lambda t: t[41:], times)
-    carry, head = layer.apply(v, u[:41], method="prefill", **part[0])
-    close(jnp.concatenate([head, layer.apply(v, u[41:], carry, method="prefill", **part[1])[1]]), whole)
-    kept = {name: t[mask] for name, t in times.items() if name == "dt"}
+    v = jax.jit(layer.init)(KEY, noise(L, 5))
+    if name in EQUAL_STEPS_ONLY:
+        with pytest.raises(ValueError, match="dt"):
+            layer.apply(v, u, dt=times.pop("dt"))
+    kept = {key: t[mask] for key, t in times.items() if key == "dt"}
     kept["reset"] = jnp.zeros(int(mask.sum()), bool).at[int(mask[:30].sum())].set(True)
-    close(layer.apply(v, u[mask], **kept), whole[mask])
-    past = jax.grad(lambda u: jnp.sum(layer.apply(v, u, **times)[30:] ** 2))(jnp.nan_to_num(u))[:30]
-    assert np.all(np.asarray(past) == 0)
+
+    @jax.jit
+    def ways(v, u):
+        past = jax.grad(lambda u: jnp.sum(layer.apply(v, u, **times)[30:] ** 2))(jnp.nan_to_num(u))[:30]
+        return layer.apply(v, u, **times), in_pieces(layer, v, u, [41], times)[1], by_step(layer, v, u, times)[1], past
+
+    whole, pieces, steps, past = ways(v, u)
+    assert bool(jnp.isfinite(whole).all()) and np.all(np.asarray(past) == 0)
+    for got, want in ((pieces, whole), (steps, whole), (jax.jit(layer.apply)(v, u[mask], **kept), whole[mask])):
+        close(got, want)
+    half_speed = jax.jit(lambda v, u: (layer.apply(v, u, dt=0.5), by_step(layer, v, u, {"dt": jnp.full(L, 0.5)})[1]))
+    close(*half_speed(v, jnp.nan_to_num(u)), tolerance)
 
 
 @each_layer
-def test_layer_dtypes(ssm):
+def test_layer_dtypes(name):
+    ssm, tolerance = LAYERS[name]
     layer, u = ssm(d_model=5), noise(200, 5)
-    v = layer.init(KEY, u)
-    y = layer.apply(v, u)
-    half = layer.apply(v, u.astype(jnp.bfloat16))
+    v = jax.jit(layer.init)(KEY, u)
+    apply = jax.jit(layer.apply)
+    y, half = apply(v, u), apply(v, u.astype(jnp.bfloat16))
     assert half.dtype == jnp.bfloat16
     close(half.astype(jnp.float32), y, 0.02)
     with enable_x64(True):
         v64, u64 = jax.tree.map(lambda p: jnp.asarray(p, jnp.float64), (v, u))
-        y64 = layer.apply(v64, u64)
+        y64, steps = jax.jit(lambda v, u: (layer.apply(v, u), by_step(layer, v, u)[1]))(v64, u64)
         assert y64.dtype == jnp.float64
-        close(by_step(layer, v64, layer.apply(v64, method="initial_carry"), u64, {})[1], y64, 1e-12)
-    np.testing.assert_allclose(y, y64, atol=1e-5 * np.abs(y64).max())
+        close(steps, y64, 1e-9 if isinstance(layer, S4) else 1e-12)
+    np.testing.assert_allclose(y, y64, atol=tolerance * np.abs(y64).max())
 
 
 @each_layer
-def test_initial_condition_layer(ssm):
+def test_initial_condition_layer(name):
+    ssm, tolerance = LAYERS[name]
     layer, u = ssm(d_model=5, n_steps=20), noise(20, 5)
-    v = layer.init(KEY, u)
-    y = layer.apply(v, u)
+    v = jax.jit(layer.init)(KEY, u)
+
+    @jax.jit
+    def ways(v, u):
+        silent = {"params": {**v["params"], "D": jnp.zeros(5)}}
+        full = ssm(d_model=5).apply(silent, jnp.zeros((20, 5)).at[0].set(u[0]))
+        return layer.apply(v, u), full, in_pieces(layer, v, u, [7])[1], by_step(layer, v, u)[1]
+
+    y, *others = ways(v, u)
     assert y.shape == (20, 5)
-    full = ssm(d_model=5).apply({"params": {**v["params"], "D": jnp.zeros(5)}}, jnp.zeros((20, 5)).at[0].set(u[0]))
-    close(y, full)
-    np.testing.assert_array_equal(layer.apply(v, u.at[1:].set(jnp.nan)), y)
-    carry, head = layer.apply(v, u[:7], method="prefill")
-    close(jnp.concatenate([head, layer.apply(v, u[7:], carry, method="prefill")[1]]), y)
+    for other in others:
+        close(other, y, tolerance)
+    np.testing.assert_array_equal(ways(v, u.at[1:].set(jnp.nan))[0], y)
 
 
 @each_layer
 @each_model
-def test_model(ssm, model_class, d_model):
+def test_model(name, model_class, d_model):
     "Whole = pieces = steps; every parameter gets a finite gradient; variables mix; a rollout is the naive loop."
-    x = frames(d_model, 12)
+    (ssm, tolerance), x = LAYERS[name], frames(d_model, 9)
     model = model_class(ssm, d_model=d_model, d_vars=2, n_layers=2, training=False)
-    v = model.init(KEY, x)
-    whole = model.apply(v, x)
-    carry, head = model.apply(v, x[:, :5], method="prefill")
-    close(jnp.concatenate([head, model.apply(v, x[:, 5:], carry, method="prefill")[1]], 1), whole)
-    zero = model.apply(v, method="initial_carry", batch_size=2)
-    close(jnp.moveaxis(by_step(model, v, zero, jnp.moveaxis(x, 1, 0), {})[1], 0, 1), whole)
+    v = jax.jit(model.init)(KEY, x)
 
-    grads = jax.jit(jax.grad(lambda v: jnp.mean((model.apply(v, x)[:, :-1] - x[:, 1:]) ** 2)))(v)
+    @jax.jit
+    def ways(v, x):
+        def loss(v):
+            y = model.apply(v, x)
+            return jnp.mean((y[:, :-1] - x[:, 1:]) ** 2), y
+
+        (_, whole), grads = jax.value_and_grad(loss, has_aux=True)(v)
+        steps = jnp.moveaxis(by_step(model, v, jnp.moveaxis(x, 1, 0), batch=(2,))[1], 0, 1)
+        return whole, grads, in_pieces(model, v, x, [5], axis=1)[1], steps
+
+    whole, grads, pieces, steps = ways(v, x)
+    close(pieces, whole, tolerance)
+    close(steps, whole, tolerance)
     for path, g in jax.tree_util.tree_leaves_with_path(grads):
         assert bool(jnp.isfinite(g).all()) and np.abs(g).max() > 0, path
-    other = model.apply(v, x.at[..., 0].add(1.0))
-    assert np.abs(other - whole)[..., 1].max() > 1e-3
+    apply = jax.jit(model.apply)
+    assert np.abs(apply(v, x.at[..., 0].add(1.0)) - whole)[..., 1].max() > 1e-3
 
-    future, seen = rollout(model, v, x, 4), x
-    for _ in range(4):
-        seen = jnp.concatenate([seen, model.apply(v, seen)[:, -1:]], 1)
-    close(future, seen[:, 12:], 2e-5)
+    future, seen = rollout(model, v, x[:, :7], 3), x[:, :7]
+    for _ in range(3):
+        seen = jnp.concatenate([seen, apply(v, seen)[:, -1:]], 1)
+    close(future, seen[:, 7:], max(tolerance, 2e-5))
 
 
 @each_layer
 @each_model
-def test_initial_condition_model(ssm, model_class, d_model):
-    x = frames(d_model, 9)
+def test_initial_condition_model(name, model_class, d_model):
+    (ssm, tolerance), x = LAYERS[name], frames(d_model, 9)
     model = model_class(ssm, d_model=d_model, d_vars=2, n_layers=2, ssm_first_layer=partial(ssm, n_steps=9))
-    v = model.init(KEY, x)
-    y = model.apply(v, x)
+    v = jax.jit(model.init)(KEY, x)
+    apply = jax.jit(model.apply)
+    y = apply(v, x)
     assert y.shape == x.shape
-    np.testing.assert_array_equal(model.apply(v, x.at[:, 1:].set(jnp.nan)), y)
-    close(rollout(model, v, x[:, :1], 9), y, 2e-5)
-    close(model.clone(n_steps=9).apply(v, x), y)
+    np.testing.assert_array_equal(apply(v, x.at[:, 1:].set(jnp.nan)), y)
+    close(rollout(model, v, x[:, :1], 9), y, max(tolerance, 2e-5))
+
+
+def test_initial_condition_model_by_n_steps():
+    x = frames(6, 9)
+    options = dict(d_model=6, d_vars=2, n_layers=2)
+    by_layer = BatchStackedSSMModel(SMALL, ssm_first_layer=partial(SMALL, n_steps=9), **options)
+    v = by_layer.init(KEY, x)
+    close(BatchStackedSSMModel(SMALL, n_steps=9, **options).apply(v, x), by_layer.apply(v, x))
 
 
 def test_times_per_sample():
     x = frames(6, 10)
-    model = BatchStackedSSMModel(LAYERS["lru"], d_model=6, d_vars=2, n_layers=2)
+    model = BatchStackedSSMModel(SMALL, d_model=6, d_vars=2, n_layers=2)
     v = model.init(KEY, x)
     dt, mask = noise(2, 10) ** 2 + 0.1, jnp.ones((2, 10), bool).at[1, 4].set(False)
     y = model.apply(v, x, dt=dt, mask=mask)
@@ -176,7 +228,7 @@ def test_bidirectional():
 
 def test_dropout_and_batch_norm():
     x = frames(6, 10, B=4)
-    model = BatchStackedSSMModel(LAYERS["lru"], d_model=6, d_vars=2, n_layers=2, norm="batch", dropout=0.3)
+    model = BatchStackedSSMModel(SMALL, d_model=6, d_vars=2, n_layers=2, norm="batch", dropout=0.3)
     v = model.init({"params": KEY, "dropout": KEY}, x)
     run = lambda seed: model.apply(v, x, rngs={"dropout": jax.random.PRNGKey(seed)}, mutable=["batch_stats"])
     (y, state), (other, _) = run(1), run(2)
@@ -217,9 +269,9 @@ BAD = {
     "option": (lambda: S5SSM(4, 32, discretization="euler"), "'zoh', 'bilinear'"),
     "n_steps": (lambda: LRU(16, 4, n_steps=0), "≥ 1"),
     "dt_min": (lambda: S5SSM(4, 32, dt_min=0.0), "0 < dt_min"),
-    "activation": (lambda: SequenceLayer(LAYERS["lru"], 4, activation="relu"), "half_glu1"),
-    "d_model": (lambda: BatchStackedSSMModel(LAYERS["lru"], 6, 1, 1).init(KEY, jnp.ones((2, 5, 7, 1))), "d_model"),
-    "d_model 2d": (lambda: BatchStackedSSM2DModel(LAYERS["lru"], 6, 1, 1), "H"),
+    "activation": (lambda: SequenceLayer(SMALL, 4, activation="relu"), "half_glu1"),
+    "d_model": (lambda: BatchStackedSSMModel(SMALL, 6, 1, 1).init(KEY, jnp.ones((2, 5, 7, 1))), "d_model"),
+    "d_model 2d": (lambda: BatchStackedSSM2DModel(SMALL, 6, 1, 1), "H"),
     "integers": (lambda: LRU(16, 4).init(KEY, jnp.ones((5, 4), int)), "floating"),
 }
 
