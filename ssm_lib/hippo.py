@@ -163,7 +163,7 @@ def _build(measure, N, options):
     check_positive(N=N)
     known = list(inspect.signature(MEASURES[measure]).parameters)[1:]
     if unknown := sorted(options.keys() - known):
-        raise ValueError(f"measure {measure!r} got options {unknown}; expected some of {known}. Drop or rename them.")
+        raise ValueError(f"measure {measure!r} got {unknown}; expected {f'none but {known}' if known else 'no options'}. Drop or rename.")
     return MEASURES[measure](N, **options)
 
 # %% ../nbs/10_hippo.ipynb #1fd3fbd7
