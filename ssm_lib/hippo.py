@@ -34,6 +34,7 @@ def _orders(N):
 
 
 def _positive(**values):
+    "Raise a ValueError for a number that is not positive."
     for name, value in values.items():
         if not value > 0:
             raise ValueError(f"{name} is {value}; expected a positive number. It is a length or a rate in the measure.")
@@ -163,7 +164,7 @@ def _build(measure, N, options):
     check_positive(N=N)
     known = list(inspect.signature(MEASURES[measure]).parameters)[1:]
     if unknown := sorted(options.keys() - known):
-        raise ValueError(f"measure {measure!r} got options {unknown}; expected some of {known}. Drop or rename them.")
+        raise ValueError(f"measure {measure!r} got {unknown}; expected {f'none but {known}' if known else 'no options'}. Drop or rename.")
     return MEASURES[measure](N, **options)
 
 # %% ../nbs/10_hippo.ipynb #1fd3fbd7
@@ -354,7 +355,7 @@ class Hippo:
     n_blocks : number of blocks
     options : of the measure, as in `transition`: window, alpha, beta, seed
 
-    Calling it returns it with all arrays made; they are made once, in float64 on the host, and are the same at every call.
+    Calling it returns it. The arrays are made once, in float64 on the host, and are the same at every call.
     """
 
     def __init__(self, state_size, measure="legs", conj_sym=False, dplr=False, block_diagonal=False, n_blocks=1, **options):
@@ -389,8 +390,7 @@ class Hippo:
     eigenvectors = property(lambda self: self._arrays[3], doc="V (N, P) with `conj_sym` or `dplr`, else None.")
 
     def __call__(self) -> "Hippo":
-        "Makes the arrays, if they are not there yet, and returns self."
-        self._arrays  # noqa: B018
+        "Itself; the arrays are made when first asked for."
         return self
 
     def lambda_initializer(self, part: str):
