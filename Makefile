@@ -31,7 +31,7 @@ demo: $(VENV)/.installed-demo  ## train on a real PDE, roll it out, and write th
 test: install  ## run the guards, the notebooks and the tests
 	$(BIN)/pytest tests/test_guards.py
 	$(BIN)/nbdev_test
-	$(BIN)/pytest --ignore=tests/test_guards.py
+	$(BIN)/pytest -n auto --ignore=tests/test_guards.py
 
 test-install:  ## install into a bare environment and import, without any development tool
 	rm -rf .venv-bare build
@@ -47,7 +47,7 @@ test-oldest:  ## run the notebooks and the tests on the lower bounds of settings
 	sed -n 's/^requirements *= *//p' settings.ini | tr ' ' '\n' | sed 's/>=/==/' > .venv-oldest/oldest.txt
 	.venv-oldest/bin/python -m pip install --quiet --constraint .venv-oldest/oldest.txt --editable '.[dev]'
 	.venv-oldest/bin/nbdev_test
-	.venv-oldest/bin/pytest --ignore=tests/test_guards.py
+	.venv-oldest/bin/pytest -n auto --ignore=tests/test_guards.py
 
 lint: install  ## check the style of notebooks and scripts
 	$(BIN)/ruff check nbs tests tools setup.py $(wildcard benchmarks)

@@ -8,7 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ssm_lib import LRU, S5SSM, make_DPLR_HiPPO, make_NPLR_HiPPO
+from ssm_lib import LRU, S5SSM, causal_convolution, complex_softmax, discretize_dense, dss_kernel, dss_ssm
+from ssm_lib import kernel_dense, make_DPLR_HiPPO, make_NPLR_HiPPO, run_dense
+from ssm_lib.convolution import kernel_poles
+from ssm_lib.discretization import zoh
+from ssm_lib.s4 import discretize_dplr, kernel_dplr, untruncate
 
 enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64  # its place until jax 0.8
 GOLDEN = Path(__file__).parent / "golden"
@@ -26,7 +30,7 @@ def group(data, prefix):
 
 def error(got, want):
     assert got.shape == want.shape, f"{got.shape} is not {want.shape}"
-    return np.abs(np.asarray(got, np.float64) - np.asarray(want, np.float64)).max() / np.abs(want).max()
+    return np.abs(np.asarray(got, np.complex128) - np.asarray(want, np.complex128)).max() / np.abs(want).max()
 
 
 def evaluate(layer, data, dtype):
@@ -79,3 +83,48 @@ def test_hippo_legs(N):
         want = golden[name]
         assert got.shape == want.shape
         np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max(), err_msg=name)
+
+
+KERNELS = load(GOLDEN / "dss_s4d_s4_kernels.npz")
+
+
+def ours_dss(g):
+    L, step = int(g["L"]), float(g["step"])
+    A_bar, B_bar, C_bar = dss_ssm(g["W"], g["Lambda"], L, step)
+    K, u = dss_kernel(g["W"], g["Lambda"], L, step), g["u"]
+    yield from {"K": K, "Abar": A_bar, "Bbar": B_bar, "Cbar": C_bar, "softmax_out": complex_softmax(g["softmax_in"])}.items()
+    yield from {"y_conv": causal_convolution(u, K), "y_rec": run_dense(A_bar, B_bar[:, 0], C_bar[0], u)[1]}.items()
+
+
+def ours_s4d(g):
+    Lambda_bar, gamma = zoh(g["Lambda"], float(g["step"]))
+    yield from {"Abar": jnp.diag(Lambda_bar), "Bbar": gamma[:, None]}.items()
+    yield "K", kernel_poles(Lambda_bar, g["C"][0] * gamma, int(g["L"]))
+
+
+def ours_s4(g):
+    L, step, u = int(g["L"]), float(g["step"]), g["u"]
+    A_bar, B_bar = discretize_dplr(g["Lambda"], g["P"], g["B"], step)
+    C = untruncate(g["C"], A_bar, L)
+    K = kernel_dplr(g["Lambda"], g["P"][None], g["B"], C, step, L, conj_sym=False)
+    yield from {"Abar": A_bar, "Bbar": B_bar[:, None], "Cbar": C[None], "K": K}.items()
+    yield from {"y_conv": causal_convolution(u, K), "y_rec": run_dense(A_bar, B_bar, C, u)[1]}.items()
+
+
+def ours_ssm(g):
+    A_bar, B_bar = discretize_dense(g["A"], g["B"][:, 0], float(g["step"]))
+    C, u = g["C"][0], g["u16"]
+    yield from {"Abar": A_bar, "Bbar": B_bar[:, None], "K16": kernel_dense(A_bar, B_bar, C, 16)}.items()
+    yield "y16", run_dense(A_bar, B_bar, C, u)[1]
+    yield "y16", causal_convolution(u, kernel_dense(A_bar, B_bar, C, 16))
+
+
+@pytest.mark.parametrize("dtype", (jnp.float32, jnp.float64), ids=("float32", "float64"))
+@pytest.mark.parametrize("ours", (ours_dss, ours_s4d, ours_s4, ours_ssm))
+def test_kernels(ours, dtype):
+    "Kernels, one-step maps and outputs of the published DSS, S4D, S4 and dense systems, from the same arguments, within 1e-4."
+    golden = group(KERNELS, ours.__name__.removeprefix("ours_") + "/")
+    with enable_x64(dtype == jnp.float64):
+        wide = {name: jnp.asarray(x, jnp.result_type(x.dtype, dtype)) if x.ndim else x for name, x in golden.items()}
+        for name, got in ours(wide):
+            assert error(got, golden[name]) < 1e-4, name
