@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import flax.linen as nn
@@ -92,7 +93,7 @@ def test_legs_step_takes_a_share_per_signal():
     rng = np.random.default_rng(0)
     c, f, h = (x.astype(np.float32) for x in (rng.normal(size=(3, 2, 9)), rng.normal(size=(3, 2)), rng.uniform(0, 1, (3, 2))))
     for method in METHODS:
-        step = lambda c, f, h: legs_step(c, f, h, method)
+        step = partial(legs_step, method=method)
         assert error(jax.jit(step)(c, f, h), jax.jit(jax.vmap(jax.vmap(step)))(c, f, h)) < 1e-5
 
 
