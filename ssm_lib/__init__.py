@@ -13,7 +13,7 @@ from ssm_lib.data import (
 )
 from ssm_lib.diagonal import DiagonalSSM, DiagonalSystem
 from ssm_lib.discretization import bilinear, discretize_bilinear, discretize_zoh, zoh
-from ssm_lib.hippo import make_DPLR_HiPPO, make_HiPPO, make_NPLR_HiPPO, transition
+from ssm_lib.hippo import DPLR, Hippo, dplr, make_DPLR_HiPPO, make_HiPPO, make_NPLR_HiPPO, nplr, transition
 from ssm_lib.lru import LRU, LRUDynamics
 from ssm_lib.metrics import fit_linear, nrmse, persistence
 from ssm_lib.models import (
