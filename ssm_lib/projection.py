@@ -36,7 +36,7 @@ def discretize(
     dt: float,  # step, in the unit of time of A
     method: str = "bilinear",  # one of `METHODS`: "forward" (Euler), "backward", "bilinear", "zoh"
 ) -> tuple[np.ndarray, np.ndarray]:  # A_bar (N, N), B_bar (N,), float64 (complex128 for a complex A)
-    "The one-step map of a dense system: the generalised bilinear rule or zero-order hold (Gu et al. 2020, HiPPO, appendix B.3)."
+    "The one-step map of a dense system: the generalised bilinear rule or zero-order hold (Gu et al. 2020, HiPPO)."
     check_choice("method", method, METHODS)
     if not dt > 0:
         raise ValueError(f"dt is {dt}; expected a positive step, in the measure's own time.")
@@ -97,7 +97,7 @@ def legs_step(
     h: jax.Array,  # (...) or scalar: share of all time that is new, (t − t_before) / t; 1 for the first step from t = 0
     method: str = "bilinear",  # one of `METHODS`
 ) -> jax.Array:  # (..., N) coefficients after it
-    """One step of HiPPO-LegS (Gu et al. 2020, HiPPO, theorem 2 and appendix B.3), without any N × N matrix of that step.
+    """One step of HiPPO-LegS (Gu et al. 2020, HiPPO, theorem 2), without any N × N matrix of that step.
 
     O(N log N) operations for the rational rules; O(N²) for "zoh", which is exact for a signal that is held at f from
     t_before to t.
@@ -175,11 +175,11 @@ def project_online(
     last: bool = False,  # return the last coefficients only
     **options,  # of the measure, e.g. window=2.0; see `transition`
 ) -> jax.Array:  # (L, ..., N) coefficients after each sample, or (..., N)
-    """Coefficients of the past of f, sample by sample (Gu et al. 2020, HiPPO, section 2).
+    """Coefficients of the past of f, sample by sample (Gu et al. 2020, HiPPO, theorems 1 and 2).
 
     Memory beyond the result is O(N) per channel for LegS ("zoh": O(N²) once) and O(N²) once for the others, whatever L.
-    Prefer "bilinear" or "zoh". "forward" is stable only where ‖A‖·dt is small, and for LegS, whose first steps are long,
-    rounding errors grow like 2^N: it is no use beyond N of about 30.
+    Prefer "bilinear" or "zoh". "forward" is stable only where ‖A‖·dt is small. For LegS, whose first steps are
+    long, it blows up during the first N steps before it settles: past 1e17 for N = 32, past float32 from N of about 60.
     """
     f, (A, B) = jnp.asarray(f), transition(measure, N, **options)
     check_choice("method", method, METHODS)
@@ -226,7 +226,7 @@ def basis(
     lag: np.ndarray,  # any shape: how long ago, in the time of the measure (LegS: share of all time)
     **options,  # of the measure: window, beta
 ) -> np.ndarray:  # (*lag.shape, N) float64
-    "The functions of the lag whose coefficients a projection holds (Gu et al. 2020, HiPPO, appendix D)."
+    "The functions of the lag whose coefficients a projection holds (Gu et al. 2020, HiPPO)."
     check_choice("measure", measure, BASES)
     check_positive(N=N)
     return BASES[measure](N, np.asarray(lag, np.float64), **options)
@@ -248,7 +248,7 @@ GATES = {"gru": nn.GRUCell, "lstm": nn.OptimizedLSTMCell, "tanh": nn.SimpleCell}
 
 
 class HiPPOCell(nn.RNNCellBase):
-    """A recurrent cell with a HiPPO memory (Gu et al. 2020, HiPPO, section 2.4): for `flax.linen.RNN`.
+    """A recurrent cell with a HiPPO memory (Gu et al. 2020, HiPPO, figure 2): for `flax.linen.RNN`.
 
     Parameters
     ----------
