@@ -1,5 +1,6 @@
 """HiPPO as memory: the published coefficients, memory that does not grow with the sequence, and the cell under `nn.RNN`."""
 
+import os
 import re
 import subprocess
 import sys
@@ -317,7 +318,8 @@ def test_benchmark_runs_on_mnist_arrays(tmp_path):
     small = "--models LegS S5 --seeds 1 --epochs 1 --batch 10 --features 4 --memory 4 --gru 4 --d-model 8".split()
     script = ROOT / "benchmarks" / "permuted_digits.py"
     command = [sys.executable, script, "--mnist", tmp_path / "fake.npz", "--out", tmp_path, *small]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
     table = (tmp_path / "permuted_mnist.md").read_text(encoding="utf-8")
     assert (tmp_path / "permuted_mnist.json").is_file()
