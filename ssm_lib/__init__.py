@@ -27,6 +27,7 @@ from ssm_lib.models import (
     StackedSSM2D,
 )
 from ssm_lib.plots import animate_rollout, plot_errors, plot_rollout
+from ssm_lib.projection import HiPPOCell, project_online, reconstruct
 from ssm_lib.rollout import rollout
 from ssm_lib.s4 import S4, S4D
 from ssm_lib.s5 import S5SSM
