@@ -16,7 +16,8 @@ import pytest
 from scipy.linalg import expm
 
 from ssm_lib import HiPPOCell, project_online, reconstruct, transition
-from ssm_lib.projection import BASES, GATES, METHODS, basis, discretize, legs_step
+from ssm_lib.convolution import METHODS, discretize_dense
+from ssm_lib.projection import BASES, GATES, basis, legs_step
 
 enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64  # its place until jax 0.8
 ROOT = Path(__file__).parents[1]
@@ -85,7 +86,7 @@ def test_legs_step_is_the_dense_one(method, N):
                 A_bar = expm(-A * np.log1p(-h)) if h < 1 else np.zeros((N, N))
                 want = A_bar @ c + np.linalg.solve(A, (A_bar - np.eye(N)) @ B) * f
             else:
-                A_bar, B_bar = discretize(A, B, h, method)
+                A_bar, B_bar = discretize_dense(A, B, h, method)
                 want = A_bar @ c + B_bar * f
             assert error(jax.jit(legs_step, static_argnames="method")(jnp.asarray(c), f, h, method), want) < 1e-11
 
@@ -225,7 +226,7 @@ def by_hand(variables, cell, x):
     for k, x_k in enumerate(x):
         state, h = gate(state, np.concatenate([c, x_k]).astype(np.float32))
         f = float(h @ params["feature"]["kernel"][:, 0] + params["feature"]["bias"][0])
-        A_bar, B_bar = discretize(A, B, 1 / (k + 1) if cell.measure == "legs" else cell.dt, cell.method)
+        A_bar, B_bar = discretize_dense(A, B, 1 / (k + 1) if cell.measure == "legs" else cell.dt, cell.method)
         c = A_bar @ c + B_bar * f
         out.append(h)
     return np.array(out), c
