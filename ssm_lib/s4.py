@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .contract import SSMLayer, check_choice, check_positive
+from .contract import SSMLayer, check_choice, check_even, check_positive
 from .convolution import causal_convolution
 from .diagonal import DiagonalBank, to_complex, to_pairs, visible
 from .discretization import DISCRETIZATIONS, clip_poles
-from .hippo import dplr, transition
+from .hippo import dplr, nplr, transition
 from .s5 import log_step_initializer
 
 # %% ../nbs/23_s4.ipynb #dd84de7a
@@ -52,7 +52,8 @@ class S4D(SSMLayer):
     n_steps: int | None = None
 
     def __post_init__(self):
-        check_positive(d_model=self.d_model, d_hidden=self.d_hidden, n_steps=self.n_steps)
+        check_positive(d_model=self.d_model, n_steps=self.n_steps)
+        check_even(d_hidden=self.d_hidden)
         check_choice("poles", self.poles, S4D_POLES)
         check_choice("discretization", self.discretization, DISCRETIZATIONS)
         log_step_initializer(self.dt_min, self.dt_max)
@@ -218,11 +219,12 @@ class S4(SSMLayer):
     n_steps: int | None = None
 
     def __post_init__(self):
-        check_positive(d_model=self.d_model, d_hidden=self.d_hidden, l_max=self.l_max, n_steps=self.n_steps)
+        check_positive(d_model=self.d_model, l_max=self.l_max, n_steps=self.n_steps)
+        check_even(d_hidden=self.d_hidden)
         log_step_initializer(self.dt_min, self.dt_max)
         if not self.step_rescale > 0:
             raise ValueError(f"step_rescale is {self.step_rescale}; expected a positive factor.")
-        dplr(self.measure, self.d_hidden, conj_sym=True)
+        nplr(self.measure, self.d_hidden)
         super().__post_init__()
 
     def setup(self):

@@ -50,7 +50,7 @@ def rollout_loss(
     return jnp.mean(((future - x[:, history:]) / scale) ** 2)
 
 # %% ../nbs/41_training.ipynb #d642c3a8
-SSM_PARAMETERS = ("Lambda_re", "Lambda_im", "log_step", "nu_log", "theta_log", "gamma_log")
+SSM_PARAMETERS = ("Lambda_re", "Lambda_im", "log_step", "nu_log", "theta_log", "gamma_log", "P")
 UNDECAYED = ("bias", "scale", "D")
 
 

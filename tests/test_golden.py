@@ -8,8 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ssm_lib import LRU, S5SSM, causal_convolution, complex_softmax, discretize_dense, dss_kernel, dss_ssm
-from ssm_lib import kernel_dense, make_DPLR_HiPPO, make_NPLR_HiPPO, run_dense
+from ssm_lib import (
+    LRU,
+    S5SSM,
+    causal_convolution,
+    complex_softmax,
+    discretize_dense,
+    dss_kernel,
+    dss_ssm,
+    kernel_dense,
+    make_DPLR_HiPPO,
+    make_NPLR_HiPPO,
+    run_dense,
+)
 from ssm_lib.convolution import kernel_poles
 from ssm_lib.discretization import zoh
 from ssm_lib.s4 import discretize_dplr, kernel_dplr, untruncate
