@@ -28,7 +28,7 @@ from ssm_lib.models import (
 )
 from ssm_lib.plots import animate_rollout, plot_errors, plot_rollout
 from ssm_lib.projection import HiPPOCell, project_online, reconstruct
-from ssm_lib.rollout import rollout
+from ssm_lib.rollout import RolloutDivergedError, rollout, rollout_stream, write_rollout
 from ssm_lib.s4 import S4, S4D
 from ssm_lib.s5 import S5SSM
 from ssm_lib.scan import linear_scan

@@ -97,14 +97,14 @@ class SequenceLayer(nn.Module):
         skip = x if n_steps is None else impulse(x, False, n_steps)
         return self._after(skip, self.seq(self._before(x), dt=dt, mask=mask, reset=reset))
 
-    def prefill(self, x, carry=None, *, dt=None, mask=None, reset=None):
-        "A stretch x (L, d_model) from a carried state (None is zero): (carry, y)."
+    def prefill(self, x, carry=None, *, dt=None, mask=None, reset=None, all_carries=False):
+        "A stretch x (L, d_model) from a carried state (None is zero): (carry, y), or with the carry after every step."
         check_frames(x, (self.d_model,), "L", "Use the Batch model, or vmap over the batch.")
         self._check_carried()
         x = visible(x, mask)
         carry = self.initial_carry() if carry is None else carry
         skip = x if getattr(self.seq, "n_steps", None) is None else impulse(x, carry[1], len(x))
-        carry, y = self.seq.prefill(self._before(x), carry, dt=dt, mask=mask, reset=reset)
+        carry, y = self.seq.prefill(self._before(x), carry, dt=dt, mask=mask, reset=reset, all_carries=all_carries)
         return carry, self._after(skip, y)
 
     def step(self, carry, x_k, *, dt=None, mask=None, reset=None):

@@ -91,14 +91,16 @@ class SSMLayer(nn.Module):
         self._check_length(len(u))
         return self._system(dt, mask, reset).whole(_widen(u), mask, reset).astype(u.dtype)
 
-    def prefill(self, u, carry=None, *, dt=None, mask=None, reset=None):
-        "A stretch u (L, d_model) from a carried state (None is zero): (carry, y)."
+    def prefill(self, u, carry=None, *, dt=None, mask=None, reset=None, all_carries=False):
+        "A stretch u (L, d_model) from a carried state (None is zero): (carry, y), or with the carry after every step."
         check_frames(u, (self.d_model,), "L", "Use the Batch model, or vmap over the batch.")
         x, started = self._split(self.initial_carry() if carry is None else carry)
         if self.n_steps is not None:
             u = impulse(u, started, len(u))
         check_times(len(u), dt=dt, mask=mask, reset=reset)
         xs, y = self._carried_system(dt, mask, reset).run(_widen(u), x, mask, reset)
+        if all_carries:
+            return self._join(xs, jnp.ones(len(u), bool)), y.astype(u.dtype)
         return self._join(xs[-1] if len(u) else x, len(u) > 0 or started), y.astype(u.dtype)
 
     def step(self, carry, u_k, *, dt=None, mask=None, reset=None):

@@ -106,16 +106,17 @@ class _Stack(nn.Module):
             h = block(h, dt=dt, mask=mask, reset=reset)
         return self.mixing.decode(h).astype(x.dtype)
 
-    def prefill(self, x, carry=None, *, dt=None, mask=None, reset=None):
-        "A stretch x (T, *space, C) from a carried state (None is zero): (carry, y)."
+    def prefill(self, x, carry=None, *, dt=None, mask=None, reset=None, all_carries=False):
+        "A stretch x (T, *space, C) from a carried state (None is zero): (carry, y), or with the carry after every step."
         self._check(x, "T")
         carry = self._zero() if carry is None else carry
-        return self._through("prefill", x, carry, dt, mask, reset)
+        call = lambda block, h, c, **times: block.prefill(h, c, all_carries=all_carries, **times)
+        return self._through(call, x, carry, dt, mask, reset)
 
     def step(self, carry, x_k, *, dt=None, mask=None, reset=None):
         "One frame x_k (*space, C) from a carried state: (carry, y_k)."
         self._check(x_k, "")
-        return self._through("step", x_k, carry, dt, mask, reset)
+        return self._through(lambda block, h, c, **times: block.step(c, h, **times), x_k, carry, dt, mask, reset)
 
     def initial_carry(self):
         "The zero state: a tuple with the carry of each block."
@@ -124,11 +125,10 @@ class _Stack(nn.Module):
     def _zero(self):
         return tuple(block.initial_carry() for block in self.blocks)
 
-    def _through(self, way, x, carry, dt, mask, reset):
+    def _through(self, call, x, carry, dt, mask, reset):
         h, new = self.mixing.encode(visible(x, mask)), []
         for block, c in zip(self.blocks, carry, strict=True):
-            arguments = (h, c) if way == "prefill" else (c, h)
-            c, h = getattr(block, way)(*arguments, dt=dt, mask=mask, reset=reset)
+            c, h = call(block, h, c, dt=dt, mask=mask, reset=reset)
             new.append(c)
         return tuple(new), self.mixing.decode(h).astype(x.dtype)
 
@@ -176,10 +176,10 @@ class _Batch(_Stack):
         call = lambda m, x, _, **times: super(_Batch, m).__call__(x, **times)
         return self._each(call, x, None, 1, dt, mask, reset)
 
-    def prefill(self, x, carry=None, *, dt=None, mask=None, reset=None):
-        "A stretch x (B, T, *space, C) from a carried state (None is zero): (carry, y)."
+    def prefill(self, x, carry=None, *, dt=None, mask=None, reset=None, all_carries=False):
+        "A stretch x (B, T, *space, C) from a carried state (None is zero): (carry, y); all carries are (B, T, …)."
         check_frames(x, (*self.space, self.d_vars), "B T", "Use the unbatched model for one trajectory.")
-        call = lambda m, x, carry, **times: super(_Batch, m).prefill(x, carry, **times)
+        call = lambda m, x, carry, **times: super(_Batch, m).prefill(x, carry, all_carries=all_carries, **times)
         return self._each(call, x, carry, 1, dt, mask, reset)
 
     def step(self, carry, x_k, *, dt=None, mask=None, reset=None):
@@ -238,8 +238,8 @@ class IncrementModel(nn.Module):
     def __call__(self, x, **times):
         return self._out(x, self.model(self._in(x), **times))
 
-    def prefill(self, x, carry=None, **times):
-        carry, y = self.model.prefill(self._in(x), carry, **times)
+    def prefill(self, x, carry=None, **options):
+        carry, y = self.model.prefill(self._in(x), carry, **options)
         return carry, self._out(x, y)
 
     def step(self, carry, x_k, **times):
