@@ -118,7 +118,7 @@ class DiagonalBank(DiagonalSystem):
     def drive(self, u):
         "(..., H) → (..., H·N)"
         Bu = jax.lax.complex(u[..., None] * self.B.real, u[..., None] * self.B.imag)
-        return Bu.reshape(*u.shape[:-1], -1)
+        return Bu.reshape(*u.shape[:-1], self.B.size)
 
     def observe(self, x, u):
         "(..., H·N), (..., H) → (..., H)"

@@ -105,6 +105,8 @@ class DPLRSystem(NamedTuple):
             return x, x
 
         x0 = self.zero_state() if x0 is None else x0
+        if not len(u):
+            return jnp.zeros((0, *x0.shape), x0.dtype), u
         x = jax.lax.scan(step, x0, (visible(u, mask), per_step, mask, reset))[1]
         return x, self._observe(x, visible(u, mask))
 

@@ -1,0 +1,54 @@
+"""Any layer, size, cut, time step, gap and reset, drawn at random: pieces and steps agree with the whole."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sweep import EQUAL_STEPS_ONLY, KEY, LAYERS, noise
+
+
+@st.composite
+def runs(draw):
+    "A layer, a sequence, its times, where it is cut and whether it starts from a state of its own."
+    name, L, H = draw(st.sampled_from(sorted(LAYERS))), draw(st.integers(1, 9)), draw(st.integers(1, 3))
+    bools = lambda: jnp.asarray(draw(st.lists(st.booleans(), min_size=L, max_size=L)), bool)
+    times = {}
+    if draw(st.booleans()):
+        times["mask"] = bools()
+    if draw(st.booleans()):
+        times["reset"] = bools()
+    if name not in EQUAL_STEPS_ONLY and draw(st.booleans()):
+        steps = st.floats(0.0625, 8.0, width=32)
+        times["dt"] = jnp.asarray(draw(st.lists(steps, min_size=L, max_size=L)), jnp.float32)
+    cuts = sorted(draw(st.sets(st.integers(0, L), max_size=3)))
+    return name, noise(L, H, seed=draw(st.integers(0, 99))), times, cuts, draw(st.booleans())
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(runs())
+def test_three_ways_agree(run):
+    name, u, times, cuts, started = run
+    ssm, tolerance = LAYERS[name]
+    layer = ssm(d_model=u.shape[1])
+    with jax.disable_jit():
+        v = layer.init(KEY, u)
+        start = layer.apply(v, noise(3, u.shape[1], seed=7), method="prefill")[0] if started else None
+        last, whole = layer.apply(v, u, start, method="prefill", **times)
+
+        carry, pieces = start, []
+        for a, b in zip([0, *cuts], [*cuts, len(u)]):
+            carry, y = layer.apply(v, u[a:b], carry, method="prefill", **{key: t[a:b] for key, t in times.items()})
+            pieces.append(y)
+        state, steps = layer.apply(v, method="initial_carry") if start is None else start, []
+        for k, u_k in enumerate(u):
+            state, y = layer.apply(v, state, u_k, method="step", **{key: t[k] for key, t in times.items()})
+            steps.append(y)
+        at_once = whole if started else layer.apply(v, u, **times)
+
+    scale = max(np.abs(whole).max(), 1e-3)
+    for got in (np.concatenate(pieces), np.stack(steps), at_once):
+        assert got.shape == whole.shape
+        np.testing.assert_allclose(got, whole, atol=tolerance * scale)
+    for other in (carry, state):
+        np.testing.assert_allclose(other, last, atol=tolerance * max(np.abs(last).max(), 1e-3))
