@@ -224,8 +224,9 @@ def test_times_per_sample():
     model = BatchStackedSSMModel(SMALL, d_model=6, d_vars=2, n_layers=1)
     v, apply = jax.jit(model.init)(KEY, x), jax.jit(model.apply)
     dt, mask = noise(2, 10) ** 2 + 0.1, jnp.ones((2, 10), bool).at[1, 4].set(False)
-    y = apply(v, x, dt=dt, mask=mask)
-    close(apply(v, x[1:], dt=dt[1], mask=mask[1]), y[1:])
+    reset = jnp.zeros((2, 10), bool).at[0, 3].set(True)
+    y = apply(v, x, dt=dt, mask=mask, reset=reset)
+    close(apply(v, x[1:], dt=dt[1], mask=mask[1], reset=reset[1]), y[1:])
     assert np.abs(apply(v, x, dt=dt[0])[1] - y[1]).max() > 1e-3
 
 
