@@ -6,7 +6,7 @@ PACKAGING := settings.ini setup.py pyproject.toml
 PAGES := $(sort $(wildcard nbs/*.ipynb nbs/tutorials/*.ipynb))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-install test-oldest lint export pages docs clean
+.PHONY: help install demo test test-install test-oldest bench lint export pages docs clean
 .DELETE_ON_ERROR:
 
 help:  ## list these targets
@@ -48,6 +48,9 @@ test-oldest:  ## run the notebooks and the tests on the lower bounds of settings
 	.venv-oldest/bin/python -m pip install --quiet --constraint .venv-oldest/oldest.txt --editable '.[dev]'
 	.venv-oldest/bin/nbdev_test
 	.venv-oldest/bin/pytest -n auto --ignore=tests/test_guards.py
+
+bench: install  ## measure speed and memory; tables in benchmarks/results/
+	$(BIN)/python benchmarks/speed.py
 
 lint: install  ## check the style of notebooks and scripts
 	$(BIN)/ruff check nbs tests tools setup.py $(wildcard benchmarks)

@@ -98,10 +98,10 @@ class SSMLayer(nn.Module):
         if self.n_steps is not None:
             u = impulse(u, started, len(u))
         check_times(len(u), dt=dt, mask=mask, reset=reset)
-        xs, y = self._carried_system(dt, mask, reset).run(_widen(u), x, mask, reset)
-        if all_carries:
-            return self._join(xs, jnp.ones(len(u), bool)), y.astype(u.dtype)
-        return self._join(xs[-1] if len(u) else x, len(u) > 0 or started), y.astype(u.dtype)
+        system, arguments = self._carried_system(dt, mask, reset), (_widen(u), x, mask, reset)
+        x, y = system.states(*arguments) if all_carries else system.run(*arguments)
+        started = jnp.ones(len(u), bool) if all_carries else len(u) > 0 or started
+        return self._join(x, started), y.astype(u.dtype)
 
     def step(self, carry, u_k, *, dt=None, mask=None, reset=None):
         "One step from a carried state, u_k (d_model,): (carry, y_k)."

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .contract import check_positive
+from .scan import scan_in_chunks
 
 # %% ../nbs/40_rollout.ipynb #e6460a39
 def _inference(model):
@@ -30,18 +31,6 @@ def _read(model, variables, history, carry, dt):
     return model.apply(variables, history, carry, method="prefill", dt=dt)
 
 
-def _segmented_scan(step, state, xs, length, segment):
-    "A scan whose derivative keeps the state at every `segment`-th step only; None keeps what it needs at all."
-    if segment is None or segment >= length:
-        return jax.lax.scan(step, state, xs, length=length)
-    n, cut = length // segment, length // segment * segment
-    head = jax.tree.map(lambda x: x[:cut].reshape(n, segment, *x.shape[1:]), xs)
-    stretch = jax.checkpoint(lambda s, x: jax.lax.scan(step, s, x, length=segment), prevent_cse=False)
-    state, ys = jax.lax.scan(stretch, state, head, length=n)
-    state, last = jax.lax.scan(step, state, jax.tree.map(lambda x: x[cut:], xs), length=length - cut)
-    return state, jax.tree.map(lambda y, z: jnp.concatenate([y.reshape(cut, *y.shape[2:]), z]), ys, last)
-
-
 def _go_on(model, variables, carry, frame, dt, length, segment):
     "`length` frames after `frame`, (length, B, *space, C), and the state after them; dt is a scalar, None or one row per step."
     per_step = dt is not None and jnp.ndim(dt) > 0
@@ -50,7 +39,8 @@ def _go_on(model, variables, carry, frame, dt, length, segment):
         carry, x = model.apply(variables, *state, method="step", dt=dt_k if per_step else dt)
         return (carry, x), x
 
-    return _segmented_scan(step, (carry, frame), dt if per_step else None, length, segment)
+    steps = dt if per_step else jnp.zeros(length)
+    return scan_in_chunks(lambda state, dt: jax.lax.scan(step, state, dt), (carry, frame), steps, segment or length or 1)
 
 
 def _split_dt(dt, T0):

@@ -94,21 +94,32 @@ class DPLRSystem(NamedTuple):
         "(H, N)"
         return jnp.zeros_like(self.Lambda)
 
-    def run(self, u, x0=None, mask=None, reset=None):
+    def states(self, u, x0=None, mask=None, reset=None):
         "A stretch u (L, H) from a state (None is zero), one step after the other: states (L, H, N), outputs (L, H)."
+        x0 = self.zero_state() if x0 is None else x0
+        if not len(u):
+            return jnp.zeros((0, *x0.shape), x0.dtype), u
+        return self._steps(u, x0, mask, reset, lambda x: x)[1]
+
+    def run(self, u, x0=None, mask=None, reset=None):
+        "A stretch u (L, H) from a state (None is zero): last state (H, N), outputs (L, H)."
+        x0 = self.zero_state() if x0 is None else x0
+        if not len(u):
+            return x0, u
+        x, (_, y) = self._steps(u, x0, mask, reset, lambda x: None)
+        return x, y
+
+    def _steps(self, u, x0, mask, reset, keep):
+        "Last state, and for each step what `keep` makes of its state, and the output."
         per_step = self.Delta if self.Delta.ndim == 2 else None
         constant = None if per_step is not None else self._map(self.Delta)
 
         def step(x, at):
             u_k, Delta_k, mask_k, reset_k = at
             x = self._apply(constant or self._map(Delta_k), x, u_k, mask_k, reset_k)
-            return x, x
+            return x, (keep(x), self._observe(x, u_k))
 
-        x0 = self.zero_state() if x0 is None else x0
-        if not len(u):
-            return jnp.zeros((0, *x0.shape), x0.dtype), u
-        x = jax.lax.scan(step, x0, (visible(u, mask), per_step, mask, reset))[1]
-        return x, self._observe(x, visible(u, mask))
+        return jax.lax.scan(step, x0, (visible(u, mask), per_step, mask, reset))
 
     def advance(self, x, u_k, mask=None, reset=None):
         "One step from a state x (H, N), with u_k (H,): state (H, N), output (H,)."

@@ -1,0 +1,220 @@
+"""How fast, and how small: S5 here against its published formulation.
+
+    python benchmarks/speed.py            # under ten minutes on two cores
+    python benchmarks/speed.py --quick    # a look, in one
+
+The published formulation (complex promotion, `associative_scan` over (pole, input) pairs, autodiff through it) is written
+here from its equations, on the same parameters, and must give the same numbers before anything is timed. Candidates run
+interleaved in one process; the tables show medians with quartiles, ratios first. Memory is the temporary memory that XLA
+plans for the compiled program, which is exact. Writes `speed.json` and `speed.md` under `--out`.
+"""
+import argparse
+import json
+import os
+import platform
+import time
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ssm_lib import S5SSM, BatchStackedSSMModel, linear_scan
+from ssm_lib.diagonal import project, read_out, to_complex
+from ssm_lib.scan import SCAN_BACKENDS, binary_operator
+
+SHAPES = ((8, 1024, 64, 64), (8, 1024, 128, 256), (4, 8192, 64, 64), (1, 65536, 64, 64))  # B, L, H, d_hidden
+
+
+class PublishedS5(S5SSM):
+    "The same layer as it was published (Smith et al. 2023, S5, appendix A): the complex products and the parallel scan."
+
+    def __call__(self, u, **_):
+        Delta = self.step_rescale * jnp.exp(self.log_step[:, 0])
+        Lambda = self.Lambda_re + 1j * self.Lambda_im
+        Lambda_bar = jnp.exp(Lambda * Delta)
+        B_bar = (1 / Lambda * (Lambda_bar - 1))[:, None] * to_complex(self.B)
+        elements = Lambda_bar * jnp.ones((u.shape[0], Lambda_bar.shape[0])), jax.vmap(lambda u_k: B_bar @ u_k)(u)
+        x = jax.lax.associative_scan(binary_operator, elements)[1]
+        y = jax.vmap(lambda x_k: 2 * (to_complex(self.Cs[0]) @ x_k).real)(x)
+        return y + jax.vmap(lambda u_k: self.D * u_k)(u)
+
+
+class ProductsAlone(S5SSM):
+    "Only the two matrix products of the layer: what no recurrence can do without."
+
+    def __call__(self, u, **_):
+        return read_out(2 * to_complex(self.Cs[0]), project(to_complex(self.B), u)) + self.D * u
+
+
+LAYERS = {"published": PublishedS5, "ssm_lib": S5SSM, "products alone": ProductsAlone}
+
+
+def programs(layer, B, L, H):
+    "Compiled forward and value-and-gradient of Σ y·w, with their inputs."
+    rng = np.random.default_rng(0)
+    u, w = (jnp.asarray(rng.normal(size=(B, L, H)), jnp.float32) for _ in range(2))
+    v = jax.jit(layer.init)(jax.random.PRNGKey(0), u[0])
+    forward = lambda v, u: jax.vmap(lambda u: layer.apply(v, u))(u)
+    loss = lambda v, u, w: jnp.sum(forward(v, u) * w)
+    compiled = jax.jit(forward).lower(v, u).compile(), jax.jit(jax.value_and_grad(loss, (0, 1))).lower(v, u, w).compile()
+    return {"forward": partial(compiled[0], v, u), "gradient": partial(compiled[1], v, u, w)}, {
+        "forward": compiled[0].memory_analysis().temp_size_in_bytes, "gradient": compiled[1].memory_analysis().temp_size_in_bytes
+    }
+
+
+def interleaved(calls, seconds, least=5):
+    "Times of each call in turn, for so many seconds and at least so many rounds."
+    for call in calls.values():
+        jax.block_until_ready(call())
+    times, end = {name: [] for name in calls}, time.perf_counter() + seconds
+    while time.perf_counter() < end or len(next(iter(times.values()))) < least:
+        for name, call in calls.items():
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            times[name].append(time.perf_counter() - start)
+    return {name: [float(q) for q in np.quantile(t, (0.25, 0.5, 0.75))] for name, t in times.items()}
+
+
+def against_published(seconds):
+    "Time and memory at each shape."
+    rows = []
+    for B, L, H, d_hidden in SHAPES:
+        made = {name: programs(cls(H, d_hidden, blocks=8), B, L, H) for name, cls in LAYERS.items()}
+        outputs = {name: np.asarray(made[name][0]["forward"]()) for name in ("published", "ssm_lib")}
+        difference = np.abs(outputs["ssm_lib"] - outputs["published"]).max() / np.abs(outputs["published"]).max()
+        if not difference < 1e-4:
+            raise AssertionError(f"the two formulations differ by {difference:.1e} at {(B, L, H, d_hidden)}")
+        row = {"shape": [B, L, H, d_hidden], "difference": float(difference), "memory": {n: m for n, (_, m) in made.items()}}
+        for kind in ("forward", "gradient"):
+            row[kind] = interleaved({name: calls[kind] for name, (calls, _) in made.items()}, seconds)
+        rows.append(row)
+        print(f"  {row['shape']}: forward × {ratio(row, 'forward'):.1f}, gradient × {ratio(row, 'gradient'):.1f}", flush=True)
+    return rows
+
+
+def ratio(row, kind, other="published"):
+    return row[kind][other][1] / row[kind]["ssm_lib"][1]
+
+
+def over_length(lengths, seconds):
+    "Gradient of one sequence, H = d_hidden = 64, against its length."
+    rows = []
+    for L in lengths:
+        calls, memory = programs(S5SSM(64, 64, blocks=8), 1, L, 64)
+        rows.append({"L": L, "time": interleaved({"ssm_lib": calls["gradient"]}, seconds)["ssm_lib"], "memory": memory["gradient"]})
+        print(f"  L = {L}: {rows[-1]['time'][1] * 1e3:.1f} ms", flush=True)
+    return rows
+
+
+def scan_backends(seconds):
+    "The bare recurrence and its gradient, (L, P) = (8192, 64)."
+    rng = np.random.default_rng(0)
+    poles = jnp.asarray(0.99 * np.exp(1j * rng.uniform(0, 3, 64)), jnp.complex64)
+    Bu = jnp.asarray(rng.normal(size=(8192, 64)) + 1j * rng.normal(size=(8192, 64)), jnp.complex64)
+    table = {}
+    for kind in ("forward", "gradient"):
+        calls = {}
+        for backend in SCAN_BACKENDS:
+            run = partial(linear_scan, backend=backend)
+            loss = lambda a, b, run=run: jnp.sum(jnp.abs(run(a, b)) ** 2)
+            calls[backend] = partial(jax.jit(run if kind == "forward" else jax.grad(loss, (0, 1))), poles, Bu)
+        table[kind] = interleaved(calls, seconds)
+    return table
+
+
+def compile_times(repeats):
+    "Seconds to trace and compile the training step of a stack of six layers."
+    x = jnp.zeros((4, 128, 32, 1))
+    times = {}
+    for _ in range(repeats):
+        for name in ("published", "ssm_lib"):
+            model = BatchStackedSSMModel(partial(LAYERS[name], d_hidden=64, blocks=8), d_model=32, d_vars=1, n_layers=6)
+            v = jax.eval_shape(model.init, jax.random.PRNGKey(0), x)
+            optimizer = optax.adam(1e-3)
+            state = jax.eval_shape(optimizer.init, v)
+
+            def step(v, state, x, model=model, optimizer=optimizer):
+                loss, grads = jax.value_and_grad(lambda v: jnp.mean((model.apply(v, x)[:, :-1] - x[:, 1:]) ** 2))(v)
+                updates, state = optimizer.update(grads, state, v)
+                return optax.apply_updates(v, updates), state, loss
+
+            jax.clear_caches()
+            start = time.perf_counter()
+            jax.jit(step).lower(v, state, x).compile()
+            times.setdefault(name, []).append(time.perf_counter() - start)
+    return {name: float(np.median(t)) for name, t in times.items()}
+
+
+def machine():
+    "What this ran on, without its name."
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        model = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")), model)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    device = jax.devices()[0].device_kind
+    return {"cpu": model, "cores": cores, "device": device, "jax": jax.__version__, "python": platform.python_version()}
+
+
+def geometric_mean(values):
+    return float(np.exp(np.mean(np.log(values))))
+
+
+def report(r):
+    m, rows = r["machine"], r["against published"]
+    where = f"{m['cpu']}, {m['cores']} cores; device {m['device']}; jax {m['jax']}, Python {m['python']}."
+    columns = ["B, L, H, d_hidden", "forward ×", "gradient ×", "memory ÷", "forward ms", "gradient ms", "memory MB", "gradient ÷ products alone"]
+    lines = ["# Speed", "", f"{where} Medians, [quartiles].", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    ms = lambda q: f"{q[1] * 1e3:.1f} [{q[0] * 1e3:.1f}, {q[2] * 1e3:.1f}]"
+    for row in rows:
+        memory = {name: row["memory"][name]["gradient"] for name in row["memory"]}
+        alone = 1 / ratio(row, "gradient", "products alone")
+        lines.append(
+            f"| {', '.join(map(str, row['shape']))} | {ratio(row, 'forward'):.1f} | {ratio(row, 'gradient'):.1f} "
+            f"| {memory['published'] / memory['ssm_lib']:.1f} | {ms(row['forward']['ssm_lib'])} | {ms(row['gradient']['ssm_lib'])} "
+            f"| {memory['ssm_lib'] / 1e6:.1f} | {alone:.2f} |"
+        )
+    means = [geometric_mean([ratio(row, kind) for row in rows]) for kind in ("forward", "gradient")]
+    saved = geometric_mean([row["memory"]["published"]["gradient"] / row["memory"]["ssm_lib"]["gradient"] for row in rows])
+    lines += [f"| **geometric mean** | **{means[0]:.1f}** | **{means[1]:.1f}** | **{saved:.1f}** | | | | |", ""]
+    lines += ["× is the time of the published formulation over ours, ÷ memory its temporary memory over ours (of the gradient).", ""]
+    lines += ["| L | gradient ms | × per doubling | memory MB |", "|---|---|---|---|"]
+    before = None
+    for row in r["over length"]:
+        grows = "" if before is None else f"{(row['time'][1] / before['time'][1]) ** (1 / np.log2(row['L'] / before['L'])):.2f}"
+        lines.append(f"| {row['L']:,} | {ms(row['time'])} | {grows} | {row['memory'] / 1e6:.1f} |")
+        before = row
+    lines += ["", "| scan, (8192, 64) | forward ms | gradient ms |", "|---|---|---|"]
+    lines += [f"| {name} | {ms(r['scan']['forward'][name])} | {ms(r['scan']['gradient'][name])} |" for name in r["scan"]["forward"]]
+    c = r["compile"]
+    lines += ["", f"Compiling the training step of six layers: {c['ssm_lib']:.1f} s here, {c['published']:.1f} s as published.", ""]
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="short timings; writes nothing unless --out is given")
+    parser.add_argument("--out", type=Path, help="folder of the results (default: benchmarks/results)")
+    args = parser.parse_args()
+    seconds, lengths = (1, (4096, 16_384)) if args.quick else (15, tuple(2**k for k in range(12, 19)))
+    result = {"machine": machine()}
+    print("against the published formulation", flush=True)
+    result["against published"] = against_published(seconds)
+    print("over length", flush=True)
+    result["over length"] = over_length(lengths, seconds / 2)
+    result["scan"] = scan_backends(seconds / 2)
+    print("compile time", flush=True)
+    result["compile"] = compile_times(1 if args.quick else 3)
+    print(report(result))
+    out = args.out or (None if args.quick else Path(__file__).parent / "results")
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "speed.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        (out / "speed.md").write_text(report(result), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
