@@ -9,44 +9,46 @@ import posixpath
 import re
 import shutil
 import sys
+from itertools import groupby
 from pathlib import Path
 
 import yaml
 from nbdev.config import get_config
 from nbdev.doclinks import NbdevLookup, _nbpath2html
+from nbdev.process import Processor
 from nbdev.serve import proc_nbs
 from nbdev.showdoc import BasicMarkdownRenderer
 
-HTML_OF_QUARTO = {"callout": re.compile(r"(?m)^(:::+)\s*\{\.callout-(\w+).*\}"), "option": re.compile(r"(?m)^#\|.*\n?")}
-LINK = re.compile(r"(\]\()([^()\s#]+\.(?:ipynb|html))?(#[^()\s]+)?(\))")
+CALLOUT = re.compile(r"(?m)^(:::+)\s*\{\.callout-(\w+).*\}")  # Quarto's
+OPTION = re.compile(r"(?m)^#\|.*\n?")
+LINK = re.compile(r"\]\(([^()\s#]+\.(?:ipynb|html))(#[^()\s]+)?\)")
 STYLE = """
 .content { width: 58em; }
-h3 { border-top: 1px solid var(--color-background-border); padding-top: 1.2rem; margin-top: 2.2rem; }
+section.entry { border-top: 1px solid var(--color-background-border); margin-top: 2.2rem; }
+section.entry > :is(h2, h3) { font-size: 1.35em; margin-top: 1.2rem; }
 a.source { float: right; font-size: 0.8rem; }
 article table.docutils { display: block; margin-left: 0; overflow-x: auto; width: fit-content; max-width: 100%; font-size: 0.9rem; }
-.cell_output img, img { max-width: 100%; height: auto; }
-body[data-theme="dark"] .cell_output img { background: white; }
-@media (prefers-color-scheme: dark) { body:not([data-theme="light"]) .cell_output img { background: white; } }
+article th { text-align: left; }
+article td:nth-child(n + 2):not(:last-child) { min-width: 7rem; }
+.highlight .nn { text-decoration: none; }
+.cell_output img { background: white; }
 mjx-container { overflow-x: auto; overflow-y: hidden; max-width: 100%; }
 """
 
 
-# --- For both builds: settings.ini names these to nbdev --------------------------------------------
+# --- For both builds: settings.ini names these to nbdev ---------------------------------------------------------------
 
 
 def plain(text):
     """Types and defaults as one writes them: no inner modules, no addresses."""
-    text = re.sub(r"jaxlib\._jax\.", "jax.", text)
+    text = re.sub(r"(?:jax\.)?jaxlib\._jax\.", "jax.", text)
     text = re.sub(r"\b(?:typing|collections\.abc|pathlib|flax\.linen\.module|__main__)\.", "", text)
     return re.sub(r"<(?:function|class) '?([\w.]+)'?(?: at 0x\w+)?>", r"\1", text)
 
 
 def call(name, sym):
     """The call of a function or class, without what Flax adds to every module."""
-    try:
-        signature = inspect.signature(sym)
-    except (TypeError, ValueError):
-        return name
+    signature = inspect.signature(sym)
     added = {"self"} | ({"parent", "name"} if "_Sentinel" in str(signature) else set())
     params = [plain(str(p)) for p in signature.parameters.values() if p.name not in added]
     returns = signature.return_annotation
@@ -66,9 +68,9 @@ class Entry(BasicMarkdownRenderer):
     def _repr_markdown_(self):
         doc = inspect.getdoc(self.sym) or ""
         doc = "" if doc.startswith(f"{self.nm}(") else doc  # what dataclass writes where nothing is written
-        summary, _, rest = doc.partition("\nParameters\n----------\n")
-        listed, _, rest = rest.partition("\n\n")
-        summary, _, more = summary.strip().partition("\n\n")
+        head, _, tail = doc.partition("\nParameters\n----------\n")
+        summary, _, more = head.strip().partition("\n\n")
+        listed, _, rest = tail.partition("\n\n")
         rows = {name: note["docment"] for name, note in self.dm.dm.items() if note.get("docment")}
         returns = rows.pop("return", None)
         rows |= dict(row.split(" : ", 1) for row in re.sub(r"\n\s+", " ", listed).splitlines())
@@ -76,7 +78,7 @@ class Entry(BasicMarkdownRenderer):
         methods = [
             (f'[`{call(name, f)}`]{{id="{self.nm.lower()}.{name}"}}', inspect.getdoc(f).split("\n\n")[0].replace("\n", " "))
             for name, f in (vars(self.sym).items() if inspect.isclass(self.sym) else ())
-            if inspect.isfunction(f) and f.__doc__ and not name.startswith("_")
+            if inspect.isfunction(f) and f.__doc__ and (name[0] != "_" or name == "__call__")
         ]
         source = NbdevLookup().code(self.fn)
         parts = [
@@ -91,54 +93,61 @@ class Entry(BasicMarkdownRenderer):
         return "\n\n".join(filter(None, parts))
 
 
-def mend_links(cell):
-    """A link that leaves nbs/ leads to the repository on the web; a name that is a link already keeps its own."""
-    if cell.cell_type == "markdown":
-        cfg = get_config()
-        cell.source = re.sub(r"\[\[(`[^`]+`)\]\([^()]*\)\]\(", r"[\1](", cell.source)
-        away = r"\]\((?:\.\./)+((?!images/)[\w./-]+(?<!\.ipynb))"
-        cell.source = re.sub(away, rf"]({cfg.git_url}/blob/{cfg.branch}/\1", cell.source)
+class Mend(Processor):
+    """Entries in the order of the source; links that work on the web."""
+
+    def begin(self):
+        def line(cell):
+            return int((NbdevLookup().code(cell.source.split("show_doc(")[1].split(")")[0]) or "#L0").split("#L")[1])
+
+        runs = [(entry, list(run)) for entry, run in groupby(self.nb.cells, lambda cell: "show_doc(" in (cell.source or ""))]
+        self.nb.cells = [cell for entry, run in runs for cell in (sorted(run, key=line) if entry else run)]
+
+    def cell(self, cell):
+        if cell.cell_type == "markdown":
+            cfg = get_config()
+            away = r"\]\((?:\.\./)+((?!images/)[\w./-]+(?<!\.ipynb))"  # it leaves nbs/
+            cell.source = re.sub(away, rf"]({cfg.git_url}/blob/{cfg.branch}/\1", cell.source)
+            cell.source = re.sub(r"\[\[(`[^`]+`)\]\([^()]*\)\]\(", r"[\1](", cell.source)  # a name that was a link already
 
 
 # --- From what nbdev prepared to what MyST-NB reads --------------------------------------------------------------------
 
 
-def to_myst(cell, link):
+def to_myst(cell, link, entries):
     """One cell: Quarto's options become tags, the entries of `show_doc` text, links those of this build."""
     source = "".join(cell["source"])
     if cell["cell_type"] == "raw":  # the front matter that nbdev made from the title and the summary
         front = yaml.safe_load(source.strip().strip("-"))
         return {**cell, "cell_type": "markdown", "source": f"# {front['title']}\n\n{front.get('description', '')}"}
     if "show_doc(" in source and cell.get("outputs"):
-        source = "".join(cell["outputs"][0]["data"]["text/markdown"])
+        source = "".join(cell["outputs"][0]["data"]["text/markdown"]).replace('{id="', '{id="api-')
         name = re.match(r"#+ (\S+)", source)[1]
-        source = f"```{{index}} {name}\n```\n\n{source}"
+        label = "" if name.lower() in entries else f"(api-{name.lower()})=\n"  # anchors know no case: nbdev's do not, either
+        entries.add(name.lower())
+        source = f"```{{index}} {name}\n```\n\n```{{rst-class}} entry\n```\n\n{label}{source}"
         cell = {"cell_type": "markdown", "metadata": {}, "id": cell["id"]}
     if cell["cell_type"] == "markdown":
-        source = HTML_OF_QUARTO["callout"].sub(r"\1{\2}", LINK.sub(link, source))
-        return {**cell, "source": source}
+        return {**cell, "source": CALLOUT.sub(r"\1{\2}", LINK.sub(link, source))}
     tags = [tag for option, tag in (("echo", "remove-input"), ("output", "remove-output")) if f"#| {option}: false" in source]
-    return {**cell, "source": HTML_OF_QUARTO["option"].sub("", source), "metadata": {"tags": tags}}
+    return {**cell, "source": OPTION.sub("", source), "metadata": {"tags": tags}}
 
 
-def convert(page, html, proc, out, base):
+def convert(page, html, proc, src, base):
     """Write a page under the name that it has on the site, so that both builds have the same addresses."""
 
     def link(m):
-        start, target, anchor, end = m[1], m[2] or "", m[3] or "", m[4]
-        if target.startswith(base):
-            target = target.removeprefix(base)
-        elif target.endswith(".ipynb"):
-            target = html.get(posixpath.normpath(f"{posixpath.dirname(page)}/{target}".lstrip("/")), target)
-        elif target:
-            return m[0]
-        target = target and "/" + re.sub(r"\.html$", ".ipynb", target)
-        return f"{start}{target}{anchor}{end}"
+        target, anchor = m[1], m[2] or ""
+        if target.startswith(base):  # a name of the library, looked up by nbdev
+            return f"](#api-{anchor[1:]})"
+        target = posixpath.normpath(posixpath.join(posixpath.dirname(page), target))
+        return f"](/{html[target].replace('.html', '.ipynb')}{anchor})" if target in html else m[0]
 
     nb = json.loads((proc / page).read_text(encoding="utf-8"))
-    nb["cells"] = [to_myst(cell, link) for cell in nb["cells"] if "AUTOGENERATED" not in "".join(cell["source"])]
+    entries = set()
+    nb["cells"] = [to_myst(cell, link, entries) for cell in nb["cells"] if "AUTOGENERATED" not in "".join(cell["source"])]
     nb["metadata"] = {"language_info": {"name": "python"}}
-    file = (out / html[page]).with_suffix(".ipynb")
+    file = (src / html[page]).with_suffix(".ipynb")
     file.parent.mkdir(parents=True, exist_ok=True)
     return file, nb
 
@@ -154,8 +163,8 @@ def sidebar(contents, caption=""):
 
 def toctree(caption, entries):
     """A section of the sidebar for Sphinx, which calls the page that holds it `self`."""
-    names = [(text, "self" if page == "index.html" else page.removesuffix(".html")) for text, page in entries]
-    lines = [f"{text} <{name}>" if text else name for text, name in names]
+    entries = [(text, "self" if page == "index.html" else page.removesuffix(".html")) for text, page in entries]
+    lines = [f"{text} <{name}>" if text else name for text, name in entries]
     return "\n".join(["```{toctree}", ":hidden:", *([f":caption: {caption}"] if caption else []), "", *lines, "```"])
 
 
@@ -185,7 +194,7 @@ def main():
         "myst_enable_extensions": ["amsmath", "attrs_inline", "colon_fence", "dollarmath", "html_image"],
         "myst_heading_anchors": 4, "suppress_warnings": ["myst.header"],  # an entry is H3 wherever it stands
         "html_theme": "furo", "html_static_path": ["_static"], "html_css_files": ["docs.css"],
-        "html_show_sourcelink": False, "html_copy_source": False,
+        "html_show_sourcelink": False, "html_copy_source": False, "smartquotes": False,
         "html_show_search_summary": False,  # summaries are fetched: the search would fail when read from a folder
     })
     app.build()

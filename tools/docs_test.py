@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import unquote, urldefrag, urljoin
 
 import pytest
+from nbdev.config import get_config
 from playwright.sync_api import sync_playwright
 
 ROOT = Path(__file__).parents[1]
@@ -24,7 +25,7 @@ NAMES = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 QUIET = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run", "--disable-quic"]
 
 # What a reader must never see outside code: LaTeX, and the directives of Quarto, MyST and nbdev.
-RAW = re.compile(r"\$\$|\\[(\[)\]]|\\(?:frac|bar|lambda|mathrm|begin|left|Delta|tilde)\b|:::|\{\{<|\{\{?(?:[#.]\w|\w+=)|\]\(|^#\||0x[0-9a-f]{8}", re.M)
+RAW = re.compile(r"(?m)\$\$|\\[(\[)\]]|\\[a-zA-Z]{2,}|:::|\{\{<|\{\{?(?:[#.]\w|\w+=)|\]\(|^#\||0x[0-9a-f]{8}")
 TEXT = """() => {
     const article = document.querySelector('article').cloneNode(true);
     for (const e of article.querySelectorAll('pre, code, script, style, mjx-assistive-mml, .headerlink')) e.remove();
@@ -32,6 +33,8 @@ TEXT = """() => {
 }"""
 LINKS = "() => [...document.querySelectorAll('a[href]')].map(a => a.getAttribute('href'))"
 IDS = "() => [...document.querySelectorAll('[id]')].map(e => e.id)"
+NO_SOURCE = """git => [...document.querySelectorAll('section.entry')].filter(
+    e => !e.querySelector(`:scope > p > a.source[href^="${git}/blob/"]`)?.href.match(/[.]py#L\\d+$/)).map(e => e.id)"""
 UNSET = """() => [...document.querySelectorAll('article .math, mjx-merror, .problematic')].filter(
     e => !e.matches('.math') || !e.querySelector('mjx-container')).map(e => e.textContent)"""
 BLANK = """() => [...document.querySelectorAll('article img')].filter(img => {
@@ -92,7 +95,8 @@ def opened(site, browser):
         page.on("pageerror", lambda error: page.wrong.append(f"script: {error}"))
         page.on("requestfailed", lambda r: page.wrong.append(f"failed: {r.url}"))
         page.on("response", lambda r: page.wrong.append(f"{r.status}: {r.url}") if r.status >= 400 else None)
-        page.on("request", lambda r: None if r.url.startswith((site, SITE.as_uri(), "data:", "blob:")) else page.wrong.append(f"leaves: {r.url}"))
+        here = site, SITE.as_uri(), "data:", "blob:"
+        page.on("request", lambda r: page.wrong.append(f"leaves: {r.url}") if not r.url.startswith(here) else None)
         return page
 
     def open_page(address, size="desktop", theme="light"):
@@ -113,7 +117,7 @@ def seen(opened):
         page = opened(name)
         return {
             "wrong": list(page.wrong), "text": page.evaluate(TEXT), "links": page.evaluate(LINKS), "ids": set(page.evaluate(IDS)),
-            "blank": page.evaluate(BLANK), "unset": page.evaluate(UNSET),
+            "blank": page.evaluate(BLANK), "unset": page.evaluate(UNSET), "unsourced": page.evaluate(NO_SOURCE, get_config().git_url),
         }
 
     return look
@@ -143,6 +147,19 @@ def test_formulas_are_set(seen, name):
 
 
 @each_page
+def test_entries_link_to_their_source(seen, name):
+    assert not seen(name)["unsourced"]
+
+
+def test_every_public_name_has_an_entry(opened):
+    import ssm_lib
+
+    public = {name for name, value in vars(ssm_lib).items() if name[0] != "_" and callable(value)}
+    listed = set(opened("genindex.html").locator("article a").all_inner_texts())
+    assert not public - listed and len(public) > 50
+
+
+@each_page
 def test_links_lead_somewhere(seen, name, site):
     broken = []
     for href in seen(name)["links"]:
@@ -166,7 +183,9 @@ def test_fits_a_phone(opened, name):
     assert page.evaluate("() => document.documentElement.scrollWidth") <= WIDTHS["phone"][0]
 
 
-@pytest.mark.parametrize("query, target", [("S5SSM", "s5.html#s5ssm"), ("rollout", "rollout.html"), ("linear_scan", "scan.html#linear-scan")])
+@pytest.mark.parametrize(
+    "query, target", [("S5SSM", "s5.html#api-s5ssm"), ("rollout", "rollout.html"), ("linear_scan", "scan.html#linear-scan")]
+)
 def test_search_finds(opened, query, target):
     page = opened(f"search.html?q={query}")
     page.wait_for_selector(f"#search-results a[href*='{target}']")
@@ -177,7 +196,7 @@ def test_search_finds(opened, query, target):
 def test_works_from_a_folder(opened, address):
     """The same pages, read from the disk without a server."""
     page = opened(f"{SITE.as_uri()}/{address}")
-    page.wait_for_selector("article mjx-container" if "?" not in address else "#search-results a[href*='s5.html#s5ssm']")
+    page.wait_for_selector("article mjx-container" if "?" not in address else "#search-results a[href*='s5.html#api-s5ssm']")
     assert not page.wrong
 
 
