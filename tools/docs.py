@@ -30,9 +30,10 @@ a.source { float: right; font-size: 0.8rem; }
 article table.docutils { display: block; margin-left: 0; overflow-x: auto; width: fit-content; max-width: 100%; font-size: 0.9rem; }
 article th { text-align: left; }
 article td:nth-child(n + 2):not(:last-child) { min-width: 7rem; }
-.highlight .nn { text-decoration: none; }
+.highlight .nn { text-decoration: none !important; }
 .cell_output img { background: white; }
 mjx-container { overflow-x: auto; overflow-y: hidden; max-width: 100%; }
+article mjx-assistive-mml { width: 1px !important; }
 """
 
 
