@@ -151,7 +151,8 @@ def test_imports_are_declared(module):
     config = configparser.ConfigParser(delimiters=["="], interpolation=None)
     config.read(ROOT / "settings.ini")
     settings = config["DEFAULT"]
-    declared = " ".join(settings[key] for key in settings if key.endswith("requirements") and key not in ("dev_requirements", "docs_requirements"))
+    tools = ("dev_requirements", "docs_requirements")
+    declared = " ".join(settings[key] for key in settings if key.endswith("requirements") and key not in tools)
     known = {re.split(r"[<>=!~\[]", requirement)[0] for requirement in declared.split()}
     known |= set(sys.stdlib_module_names) | {"ssm_lib"} | ({"PIL"} if "pillow" in known else set())
     wrong = [f"line {line}: {name}" for line, name in imports(module) if name.split(".")[0] not in known]
