@@ -71,6 +71,12 @@ def kernel_dense(
     return jax.lax.scan(lambda x, _: (A_bar @ x, jnp.sum(C * x).real), B_bar, length=L)[1]
 
 
+def _good_length(n):
+    "The smallest 2ᵃ3ᵇ5ᶜ ≥ n, at which Fourier transforms are fast."
+    odd = [3**b * 5**c for b in range(n.bit_length()) for c in range(n.bit_length()) if 3**b * 5**c < 2 * n]
+    return min(m << max(0, (-(-n // m) - 1).bit_length()) for m in odd)
+
+
 def causal_convolution(
     u: jax.Array,  # (L, ...) input, real
     K: jax.Array,  # (L', ...) kernel, real, L' ≥ L; what lies beyond L is not used
@@ -79,7 +85,7 @@ def causal_convolution(
     L = u.shape[0]
     if K.shape[0] < L:
         raise ValueError(f"K has length {K.shape[0]}; expected at least {L}, the length of u. Make a longer kernel.")
-    n = 2 * L
+    n = _good_length(max(2 * L - 1, 1))
     return jnp.fft.irfft(jnp.fft.rfft(u, n, 0) * jnp.fft.rfft(K[:L], n, 0), n, 0)[:L]
 
 # %% ../nbs/02_convolution.ipynb #795d98d6

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from sweep import EQUAL_STEPS_ONLY, KEY, LAYERS, WHOLE_ONLY, by_step, close, enable_x64, in_pieces, noise
 
-from ssm_lib import DSS, LRU, S5SSM, BatchStackedSSM2DModel, BatchStackedSSMModel, LRUDynamics, SequenceLayer, rollout
+from ssm_lib import DSS, LRU, S5SSM, BatchStackedSSM2DModel, BatchStackedSSMModel, LRUDynamics, SequenceLayer, rollout, scan
 from ssm_lib.blocks import ACTIVATIONS, NORMS
 
 SMALL = LAYERS["lru"][0]
@@ -37,6 +37,13 @@ def test_layer_pieces_and_steps(name):
         assert got.shape == want.shape and got.dtype == want.dtype
         np.testing.assert_allclose(got, want, atol=tolerance * scale)
     jax.tree.map(close, last, carry)
+
+
+@pytest.mark.parametrize("name", ("s5_zoh", "lru"))
+def test_laws_hold_for_the_associative_scan(name, monkeypatch):
+    monkeypatch.setattr(scan, "_pick", lambda backend: "associative")
+    test_layer_pieces_and_steps(name)
+    test_layer_times(name)
 
 
 @pytest.mark.parametrize("kernel", ("softmax", "exp"))

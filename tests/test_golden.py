@@ -20,10 +20,12 @@ from ssm_lib import (
     make_DPLR_HiPPO,
     make_NPLR_HiPPO,
     run_dense,
+    scan,
 )
 from ssm_lib.convolution import kernel_poles
 from ssm_lib.discretization import zoh
 from ssm_lib.s4 import discretize_dplr, kernel_dplr, untruncate
+from ssm_lib.scan import SCAN_BACKENDS
 
 enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64  # its place until jax 0.8
 GOLDEN = Path(__file__).parent / "golden"
@@ -60,13 +62,15 @@ def evaluate(layer, data, dtype):
 LAYER_FILES = sorted(path for path in GOLDEN.glob("*.npz") if path.stem.split("_")[0] in LAYERS and "hippo" not in path.stem)
 
 
+@pytest.mark.parametrize("backend", SCAN_BACKENDS)
 @pytest.mark.parametrize("path", LAYER_FILES, ids=lambda path: path.stem)
-def test_layer(path):
+def test_layer(path, backend, monkeypatch):
     """Within 1e-5 of the truth, the same layer in float64, and of the golden value beyond the golden value's own error.
 
     One golden number is itself further than 1e-5 from float64: the gradient of Lambda_im in `s5_clip`, where the
     published formula (exp(λΔ) − 1)/λ in float32 cancels at Re λ = −1e-4.
     """
+    monkeypatch.setattr(scan, "_pick", lambda _: backend)
     data = load(path)
     layer = LAYERS[path.stem.split("_")[0]](**{key: value.item() for key, value in group(data, "config/").items()})
     shapes = jax.tree.map(jnp.shape, layer.init(jax.random.PRNGKey(0), data["u"])["params"])

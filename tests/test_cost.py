@@ -1,0 +1,76 @@
+"""What can be said of cost without a clock: planned memory, arrays that must not exist, work that is hoisted, compilations."""
+
+import math
+import re
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from sweep import KEY, LAYERS, WHOLE_ONLY, noise
+
+from ssm_lib import S5SSM, BatchStackedSSMModel, rollout, rollout_stream
+from ssm_lib.diagonal import CHUNK
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from speed import PublishedS5, programs
+
+
+@pytest.mark.parametrize("B, L, H, d_hidden, less", ((2, 2048, 64, 64, 3.5), (2, 1024, 64, 128, 5.0), (1, 8192, 64, 64, 5.0)))
+def test_memory_of_the_gradient(B, L, H, d_hidden, less):
+    "Planned by XLA, so the same on every run: at most 1/less of the published formulation's."
+    ours, published = (programs(cls(H, d_hidden, blocks=8), B, L, H)[1]["gradient"] for cls in (S5SSM, PublishedS5))
+    assert ours * less < published
+
+
+@pytest.mark.parametrize("name", ("s5_zoh", "s5_bilinear", "s5_both", "lru"))
+def test_no_state_of_a_whole_sequence(name):
+    "Neither forward nor in the gradient is there a complex array with an axis of the length of the sequence."
+    L = 16 * CHUNK + 3
+    layer = (LAYERS | WHOLE_ONLY)[name][0](d_model=5)
+    v = jax.jit(layer.init)(KEY, noise(8, 5))
+    loss = lambda v, u: jnp.sum(layer.apply(v, u) ** 2)
+    text = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(v, noise(L, 5)).compile().as_text()
+    shapes = {tuple(map(int, s.split(","))) for s in re.findall(r"c64\[([\d,]+)\]", text)}
+    assert shapes
+    elements = CHUNK * 16 * 2  # of a chunk of states, both directions
+    assert max(map(math.prod, shapes)) <= elements, shapes
+
+
+def loop_bodies(text):
+    "The text of each while loop's body in an HLO module, with all that it calls."
+    parts = {c.split(" ", 1)[0].lstrip("%"): c for c in re.split(r"\n(?=%|ENTRY)", text)}
+
+    def reach(name, seen):
+        if name in parts and name not in seen:
+            seen.add(name)
+            for inner in re.findall(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)", parts[name]):
+                reach(inner, seen)
+        return seen
+
+    return ["\n".join(parts[n] for n in reach(body, set())) for body in re.findall(r"body=%?([\w.\-]+)", text)]
+
+
+def test_a_rollout_discretises_once():
+    "e^{λΔ} takes a cosine and a sine; there are some in the program, and none in the loop over steps."
+    model = BatchStackedSSMModel(partial(S5SSM, d_hidden=16, blocks=2), d_model=4, d_vars=1, n_layers=2)
+    history = noise(2, 1, 4, 1)
+    v = jax.jit(lambda key: model.clone(training=False).init(key, history))(KEY)
+    text = jax.jit(lambda v, h: rollout(model, v, h, 50)).lower(v, history).compile().as_text()
+    assert " cosine(" in text
+    bodies = loop_bodies(text)
+    assert bodies and not any(" cosine(" in body or " sine(" in body for body in bodies)
+
+
+def test_a_rollout_compiles_once():
+    _next_piece, _rollout = (sys.modules["ssm_lib.rollout"].__dict__[name] for name in ("_next_piece", "_rollout"))
+    model = BatchStackedSSMModel(partial(S5SSM, d_hidden=8, blocks=1), d_model=4, d_vars=1, n_layers=1)
+    history = noise(2, 1, 4, 1)
+    v = jax.jit(lambda key: model.clone(training=False).init(key, history))(KEY)
+    before = _rollout._cache_size(), _next_piece._cache_size()
+    for seed in range(3):
+        rollout(model, v, noise(2, 1, 4, 1, seed=seed), 5)
+        list(rollout_stream(model, v, noise(2, 1, 4, 1, seed=seed), 20, chunk=5))
+    assert (_rollout._cache_size() - before[0], _next_piece._cache_size() - before[1]) == (1, 1)
