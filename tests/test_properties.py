@@ -25,7 +25,7 @@ def runs(draw):
     return name, noise(L, H, seed=draw(st.integers(0, 99))), times, cuts, draw(st.booleans())
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@settings(max_examples=30, deadline=None, derandomize=True, database=None)
 @given(runs())
 def test_three_ways_agree(run):
     name, u, times, cuts, started = run
