@@ -107,7 +107,7 @@ class Mend(Processor):
     def cell(self, cell):
         if cell.cell_type == "markdown":
             cfg = get_config()
-            away = r"\]\((?:\.\./)+((?!images/)[\w./-]+(?<!\.ipynb))"  # it leaves nbs/
+            away = r"\]\((?:\.\./)+(?!images/|[\w./-]+\.ipynb)([\w./-]+)"  # it leaves nbs/
             cell.source = re.sub(away, rf"]({cfg.git_url}/blob/{cfg.branch}/\1", cell.source)
             cell.source = re.sub(r"\[\[(`[^`]+`)\]\([^()]*\)\]\(", r"[\1](", cell.source)  # a name that was a link already
 
