@@ -341,7 +341,7 @@ def _part(z, part):
     check_choice("part", part, ("real", "imaginary"))
     return z.real if part == "real" else z.imag
 
-
+# %% ../nbs/10_hippo.ipynb #322d62cc
 class Hippo:
     """HiPPO as arrays and as initialisers of parameters.
 

@@ -15,16 +15,47 @@ import numpy as np
 
 from .contract import SSMLayer, check_choice, check_even, check_positive
 from .convolution import causal_convolution
-from .diagonal import DiagonalBank, to_complex, to_pairs, visible
+from .diagonal import DiagonalBank, to_complex, visible
 from .discretization import DISCRETIZATIONS, clip_poles
 from .hippo import dplr, nplr, transition
 from .s5 import log_step_initializer
 
 # %% ../nbs/23_s4.ipynb #dd84de7a
+class _PerFeature(SSMLayer):
+    "What S4D and S4 share: poles, output vector, feedthrough and step of each feature."
+
+    def __post_init__(self):
+        check_positive(d_model=self.d_model, n_steps=self.n_steps)
+        check_even(d_hidden=self.d_hidden)
+        log_step_initializer(self.dt_min, self.dt_max)
+        if not self.step_rescale > 0:
+            raise ValueError(f"step_rescale is {self.step_rescale}; expected a positive factor.")
+        super().__post_init__()
+
+    def _start(self, name, z):
+        "A parameter that starts from the same complex numbers for each feature, as pairs."
+        pairs = jnp.asarray(np.stack([z.real, z.imag], -1), jnp.float32)
+        return self.param(name, lambda _: jnp.broadcast_to(pairs, (self.d_model, *pairs.shape)))
+
+    def _poles_and_readout(self, Lambda):
+        start = lambda part: lambda _: jnp.broadcast_to(jnp.asarray(part, jnp.float32), (self.d_model, len(Lambda)))
+        self.Lambda_re = self.param("Lambda_re", start(Lambda.real))
+        self.Lambda_im = self.param("Lambda_im", start(Lambda.imag))
+        self.C = self.param("C", nn.initializers.normal(0.5**0.5), (self.d_model, len(Lambda), 2))
+        self.D = self.param("D", nn.initializers.normal(1.0), (self.d_model,))
+        self.log_step = self.param("log_step", log_step_initializer(self.dt_min, self.dt_max), (self.d_model,))
+
+    def _continuous(self, dt):
+        "Lambda (H, N/2) and Delta (H,) or (L, H)."
+        Delta = self.step_rescale * jnp.exp(self.log_step)
+        Lambda = jax.lax.complex(clip_poles(self.Lambda_re), self.Lambda_im)
+        return Lambda, Delta if dt is None else Delta * dt[..., None]
+
+# %% ../nbs/23_s4.ipynb #78400994
 S4D_POLES = ("legs", "inv", "lin")
 
 
-class S4D(SSMLayer):
+class S4D(_PerFeature):
     """The diagonal S4 layer (Gu, Gupta, Goel & Ré 2022): u (L, d_model) → y (L, d_model), features apart.
 
     Parameters
@@ -52,29 +83,17 @@ class S4D(SSMLayer):
     n_steps: int | None = None
 
     def __post_init__(self):
-        check_positive(d_model=self.d_model, n_steps=self.n_steps)
-        check_even(d_hidden=self.d_hidden)
         check_choice("poles", self.poles, S4D_POLES)
         check_choice("discretization", self.discretization, DISCRETIZATIONS)
-        log_step_initializer(self.dt_min, self.dt_max)
-        if not self.step_rescale > 0:
-            raise ValueError(f"step_rescale is {self.step_rescale}; expected a positive factor.")
         super().__post_init__()
 
     def setup(self):
         Lambda = np.diag(transition(f"s4d_{self.poles}", self.d_hidden)[0])[: self.d_hidden // 2]
-        shape = (self.d_model, len(Lambda))
-        self.Lambda_re = self.param("Lambda_re", lambda _: jnp.broadcast_to(jnp.asarray(Lambda.real, jnp.float32), shape))
-        self.Lambda_im = self.param("Lambda_im", lambda _: jnp.broadcast_to(jnp.asarray(Lambda.imag, jnp.float32), shape))
-        self.B = self.param("B", lambda _: to_pairs(jnp.ones(shape, jnp.complex64)))
-        self.C = self.param("C", nn.initializers.normal(0.5**0.5), (*shape, 2))
-        self.D = self.param("D", nn.initializers.normal(1.0), (self.d_model,))
-        self.log_step = self.param("log_step", log_step_initializer(self.dt_min, self.dt_max), (self.d_model,))
+        self._poles_and_readout(Lambda)
+        self.B = self._start("B", np.ones_like(Lambda))
 
     def system(self, dt):
-        Delta = self.step_rescale * jnp.exp(self.log_step)
-        Delta = Delta if dt is None else Delta * dt[..., None]
-        Lambda = jax.lax.complex(clip_poles(self.Lambda_re), self.Lambda_im)
+        Lambda, Delta = self._continuous(dt)
         Lambda_bar, gamma = DISCRETIZATIONS[self.discretization](Lambda, Delta[..., None])
         flat = lambda x: jnp.broadcast_to(x, Lambda_bar.shape).reshape(*Lambda_bar.shape[:-2], -1)
         return DiagonalBank(flat(Lambda_bar), flat(gamma), to_complex(self.B), 2 * to_complex(self.C), self.D)
@@ -204,7 +223,7 @@ def untruncate(
     return jnp.linalg.solve((jnp.eye(len(A_bar)) - jnp.linalg.matrix_power(A_bar, L)).T, C_tilde.conj())
 
 # %% ../nbs/23_s4.ipynb #a0aa981e
-class S4(SSMLayer):
+class S4(_PerFeature):
     """The S4 layer (Gu, Goel & Ré 2022): u (L, d_model) → y (L, d_model), features apart.
 
     Parameters
@@ -232,27 +251,15 @@ class S4(SSMLayer):
     n_steps: int | None = None
 
     def __post_init__(self):
-        check_positive(d_model=self.d_model, l_max=self.l_max, n_steps=self.n_steps)
-        check_even(d_hidden=self.d_hidden)
-        log_step_initializer(self.dt_min, self.dt_max)
-        if not self.step_rescale > 0:
-            raise ValueError(f"step_rescale is {self.step_rescale}; expected a positive factor.")
-        nplr(self.measure, self.d_hidden)
+        check_positive(l_max=self.l_max)
         super().__post_init__()
+        nplr(self.measure, self.d_hidden)
 
     def setup(self):
         form = dplr(self.measure, self.d_hidden, conj_sym=True)
-        start = lambda z: lambda _: jnp.broadcast_to(jnp.asarray(z, jnp.float32), (self.d_model, *z.shape))
-        self.Lambda_re = self.param("Lambda_re", start(form.Lambda.real))
-        self.Lambda_im = self.param("Lambda_im", start(form.Lambda.imag))
-        self.P = self.param("P", start(np.stack([form.P.real, form.P.imag], -1)))
-        self.B = self.param("B", start(np.stack([form.B, 0 * form.B], -1)))
-        self.C = self.param("C", nn.initializers.normal(0.5**0.5), (self.d_model, len(form.Lambda), 2))
-        self.D = self.param("D", nn.initializers.normal(1.0), (self.d_model,))
-        self.log_step = self.param("log_step", log_step_initializer(self.dt_min, self.dt_max), (self.d_model,))
+        self._poles_and_readout(form.Lambda)
+        self.P, self.B = self._start("P", form.P), self._start("B", form.B)
 
     def system(self, dt):
-        Delta = self.step_rescale * jnp.exp(self.log_step)
-        Delta = Delta if dt is None else Delta * dt[..., None]
-        Lambda = jax.lax.complex(clip_poles(self.Lambda_re), self.Lambda_im)
+        Lambda, Delta = self._continuous(dt)
         return DPLRSystem(Lambda, *map(to_complex, (self.P, self.B, self.C)), Delta, self.D)
