@@ -14,6 +14,7 @@ import os
 import platform
 import time
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import jax
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ssm_lib import S5SSM, BatchStackedSSMModel, linear_scan
+from ssm_lib import LRU, S5SSM, BatchStackedSSMModel, diagonal, linear_scan
 from ssm_lib.diagonal import project, read_out, to_complex
 from ssm_lib.scan import SCAN_BACKENDS, binary_operator
 
@@ -110,19 +111,80 @@ def over_length(lengths, seconds):
 
 
 def scan_backends(seconds):
-    "The bare recurrence and its gradient, (L, P) = (8192, 64)."
+    "The bare recurrence and its gradient over lengths and numbers of poles: where one backend passes another."
+    rng, rows = np.random.default_rng(0), []
+    for L, P in ((1024, 1), (1024, 64), (8192, 64), (131_072, 1), (131_072, 16)):
+        poles = jnp.asarray(0.99 * np.exp(1j * rng.uniform(0, 3, P)), jnp.complex64)
+        Bu = jnp.asarray(rng.normal(size=(L, P)) + 1j * rng.normal(size=(L, P)), jnp.complex64)
+        row = {"shape": [L, P]}
+        for kind in ("forward", "gradient"):
+            calls = {}
+            for backend in SCAN_BACKENDS:
+                run = partial(linear_scan, backend=backend)
+                loss = lambda a, b, run=run: jnp.sum(jnp.abs(run(a, b)) ** 2)
+                calls[backend] = partial(jax.jit(run if kind == "forward" else jax.grad(loss, (0, 1))), poles, Bu)
+            row[kind] = interleaved(calls, seconds)
+        rows.append(row)
+    return rows
+
+
+def chunk_sizes(seconds):
+    "Gradient with chunks of other sizes than the library's own choice."
+    rows, own = [], diagonal.chunk_steps
+    for B, L, H, d_hidden in SHAPES[1:3]:
+        calls, memory = {}, {}
+        for size in (64, 128, 256, 512, 1024, L):
+            diagonal.chunk_steps = lambda P, size=size: size
+            made, planned = programs(S5SSM(H, d_hidden, blocks=8), B, L, H)
+            calls[size], memory[size] = made["gradient"], planned["gradient"]
+        diagonal.chunk_steps = own
+        times = interleaved(calls, seconds)
+        rows += [{"shape": [B, L, H, d_hidden], "size": size, "time": times[size], "memory": memory[size]} for size in calls]
+    return rows
+
+
+def peers(H, P):
+    "LRU layers of other libraries that can be imported: name → (apply, variables) of one sequence, H features and P poles."
+    found, key, u = {}, jax.random.PRNGKey(0), jnp.zeros((8, H))
+    try:
+        from memax.linen.semigroups.lru import LRU as Memax
+
+        memax = Memax(algebra=Memax.default_algebra(recurrent_size=P), scan=Memax.default_scan(), hidden_size=H, recurrent_size=P)
+        inputs = lambda u: (memax.zero_carry(), (u, jnp.zeros(len(u), bool)))
+        run = lambda v, u: memax.apply(v, *inputs(u))[1]
+        found[f"memax {version('memax')}"] = run, jax.jit(memax.init)(key, *inputs(u))
+    except ImportError:
+        pass
+    try:
+        import equinox as eqx
+        from rnn_jax.ssm import LinearRecurrentUnit
+
+        arrays, rest = eqx.partition(LinearRecurrentUnit(H, P, H, nonlinearity=lambda y: y, key=key), eqx.is_inexact_array)
+        found[f"rnn-jax {version('rnn-jax')}"] = lambda v, u: eqx.combine(v, rest)(u), arrays
+    except ImportError:
+        pass
+    return found
+
+
+def against_peers(seconds, B=4, L=2048, H=64, P=64):
+    "An LRU of the same size here and there (memax wants H = P): empty where no other library is installed."
     rng = np.random.default_rng(0)
-    poles = jnp.asarray(0.99 * np.exp(1j * rng.uniform(0, 3, 64)), jnp.complex64)
-    Bu = jnp.asarray(rng.normal(size=(8192, 64)) + 1j * rng.normal(size=(8192, 64)), jnp.complex64)
-    table = {}
+    u, w = (jnp.asarray(rng.normal(size=(B, L, H)), jnp.float32) for _ in range(2))
+    here = LRU(P, H)
+    layers = {"ssm_lib": (here.apply, jax.jit(here.init)(jax.random.PRNGKey(0), u[0])), **peers(H, P)}
+    if len(layers) == 1:
+        return {}
+    table, memory = {}, {}
     for kind in ("forward", "gradient"):
         calls = {}
-        for backend in SCAN_BACKENDS:
-            run = partial(linear_scan, backend=backend)
-            loss = lambda a, b, run=run: jnp.sum(jnp.abs(run(a, b)) ** 2)
-            calls[backend] = partial(jax.jit(run if kind == "forward" else jax.grad(loss, (0, 1))), poles, Bu)
+        for name, (apply, v) in layers.items():
+            forward = lambda v, u, apply=apply: jax.vmap(lambda u: apply(v, u))(u)
+            loss = lambda v, u, w, forward=forward: jnp.sum(forward(v, u) * w)
+            inputs = (v, u) if kind == "forward" else (v, u, w)
+            compiled = jax.jit(forward if kind == "forward" else jax.grad(loss, (0, 1))).lower(*inputs).compile()
+            calls[name], memory[name] = partial(compiled, *inputs), compiled.memory_analysis().temp_size_in_bytes
         table[kind] = interleaved(calls, seconds)
-    return table
+    return {"shape": [B, L, H, P], "memory": memory, **table}
 
 
 def compile_times(repeats):
@@ -188,8 +250,16 @@ def report(r):
         grows = "" if before is None else f"{(row['time'][1] / before['time'][1]) ** (1 / np.log2(row['L'] / before['L'])):.2f}"
         lines.append(f"| {row['L']:,} | {ms(row['time'])} | {grows} | {row['memory'] / 1e6:.1f} |")
         before = row
-    lines += ["", "| scan, (8192, 64) | forward ms | gradient ms |", "|---|---|---|"]
-    lines += [f"| {name} | {ms(r['scan']['forward'][name])} | {ms(r['scan']['gradient'][name])} |" for name in r["scan"]["forward"]]
+    lines += ["", f"| scan, (L, P) | {' | '.join(f'{name} ms' for name in SCAN_BACKENDS)} |", "|---" * (1 + len(SCAN_BACKENDS)) + "|"]
+    for row in r["scan"]:
+        for kind in ("forward", "gradient"):
+            lines.append(f"| {tuple(row['shape'])}, {kind} | {' | '.join(ms(row[kind][name]) for name in SCAN_BACKENDS)} |")
+    lines += ["", "| B, L, H, d_hidden | steps in a chunk | gradient ms | memory MB |", "|---|---|---|---|"]
+    for row in r["chunk sizes"]:
+        lines.append(f"| {', '.join(map(str, row['shape']))} | {row['size']} | {ms(row['time'])} | {row['memory'] / 1e6:.1f} |")
+    if p := r["peers"]:
+        lines += ["", f"| LRU, (B, L, H, P) = {tuple(p['shape'])} | forward ms | gradient ms | memory MB |", "|---|---|---|---|"]
+        lines += [f"| {n} | {ms(p['forward'][n])} | {ms(p['gradient'][n])} | {p['memory'][n] / 1e6:.1f} |" for n in p["memory"]]
     c = r["compile"]
     lines += ["", f"Compiling the training step of six layers: {c['ssm_lib']:.1f} s here, {c['published']:.1f} s as published.", ""]
     return "\n".join(lines)
@@ -206,7 +276,10 @@ def main():
     result["against published"] = against_published(seconds)
     print("over length", flush=True)
     result["over length"] = over_length(lengths, seconds / 2)
-    result["scan"] = scan_backends(seconds / 2)
+    print("scans, chunks, peers", flush=True)
+    result["scan"] = scan_backends(seconds / 5)
+    result["chunk sizes"] = chunk_sizes(seconds)
+    result["peers"] = against_peers(seconds)
     print("compile time", flush=True)
     result["compile"] = compile_times(1 if args.quick else 3)
     print(report(result))

@@ -6,6 +6,7 @@
 __all__ = ['SCAN_BACKENDS', 'binary_operator', 'linear_scan', 'scan_in_chunks']
 
 # %% ../nbs/01_scan.ipynb #41f1bb7c
+import math
 from functools import partial
 
 import jax
@@ -43,7 +44,24 @@ def _associative(a, b, x0, reverse):
     return jax.lax.associative_scan(binary_operator, (jnp.broadcast_to(a, b.shape), b), reverse=reverse)[1]
 
 
-SCAN_BACKENDS = {"sequential": _sequential, "associative": _associative}
+@partial(jax.jit, static_argnums=3)
+def _chunked(a, b, x0, reverse):
+    "About √L chunks side by side, each from zero; then the states between chunks, and what these add inside."
+    per_step, (L, P) = a.ndim == b.ndim, b.shape
+    size = math.isqrt(L)
+    n = -(-L // size)
+    flip = (lambda z: z[::-1]) if reverse else (lambda z: z)
+    lanes = lambda z: jnp.swapaxes(jnp.pad(flip(z), ((0, n * size - L), (0, 0))).reshape(n, size, P), 0, 1)  # (size, n, P)
+    b, poles = lanes(b), lanes(a) if per_step else jnp.broadcast_to(a, (size, 1, P))
+    inside = _sequential(poles if per_step else a, b, jnp.zeros_like(b[0]), False)
+    powers = _sequential(poles, jnp.zeros_like(poles), jnp.ones_like(poles[0]), False)  # a tree of products would round more
+    last = jnp.broadcast_to(powers[-1], (n, P))
+    ends = _sequential(last, inside[-1], x0, False)
+    before = jnp.concatenate([x0[None], ends[:-1]])
+    return flip(jnp.swapaxes(inside + powers * before, 0, 1).reshape(n * size, P)[:L])
+
+
+SCAN_BACKENDS = {"sequential": _sequential, "associative": _associative, "chunked": _chunked}
 
 
 def _pick(backend):
@@ -87,7 +105,7 @@ def linear_scan(
     x0: jax.Array | None = None,  # (P,) state before the first step (after the last one if reverse); None is zero
     *,
     reverse: bool = False,  # run from the last step to the first
-    backend: str = "auto",  # "sequential", "associative", or "auto": by platform
+    backend: str = "auto",  # "sequential", "associative", "chunked", or "auto": by platform
 ) -> jax.Array:  # (L, P) the state after each step
     """All states of x_k = Lambda_bar_k ⊙ x_{k−1} + Bu_k.
 
@@ -105,6 +123,19 @@ def linear_scan(
     return _scan(Lambda_bar.astype(dtype), Bu.astype(dtype), x0, reverse, backend)
 
 # %% ../nbs/01_scan.ipynb #06733155
+@jax.custom_jvp
+def _put(ys, y, start):
+    "Write y into ys at `start`; every place is written once, and is zero before."
+    return jax.lax.dynamic_update_slice_in_dim(ys, y, start, 0)
+
+
+@_put.defjvp
+def _put_jvp(primals, tangents):
+    # Adding to what is zero is writing, and its transpose reads without clearing, so no copy of ys is made on the way back.
+    (ys, y, start), (dys, dy, _) = primals, tangents
+    return _put(ys, y, start), dys + _put(jnp.zeros_like(dys), dy, start)
+
+
 def scan_in_chunks(
     f,  # (state, xs of one chunk) → (state, ys of it), the leading axis is time
     state,  # tree of arrays
@@ -114,16 +145,21 @@ def scan_in_chunks(
 ):  # state, ys (L, ...)
     "Run f over a sequence in chunks; its derivative keeps the states between them and recomputes the rest."
     L = len(jax.tree.leaves(xs)[0])
-    n, cut = L // size, L // size * size
+    n, rest = divmod(L, size)
     if L <= size:
         return f(state, xs)
-    head = jax.tree.map(lambda x: x[:cut].reshape(n, size, *x.shape[1:]), xs)
-    tail = jax.tree.map(lambda x: x[cut:], xs)
-    last = None
-    if reverse and cut < L:
-        state, last = f(state, tail)
-    state, ys = jax.lax.scan(jax.checkpoint(f, prevent_cse=False), state, head, reverse=reverse)
-    ys = jax.tree.map(lambda y: y.reshape(cut, *y.shape[2:]), ys)
-    if not reverse and cut < L:
-        state, last = f(state, tail)
-    return state, ys if last is None else jax.tree.map(lambda y, z: jnp.concatenate([y, z]), ys, last)
+
+    def chunk(carry, start, length):
+        state, ys = carry
+        cut = lambda state, start: f(state, jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, length), xs))
+        state, y = jax.checkpoint(cut, prevent_cse=False)(state, start)
+        return state, jax.tree.map(lambda ys, y: _put(ys, y, start), ys, y)
+
+    like = jax.eval_shape(f, state, jax.tree.map(lambda x: x[:size], xs))[1]
+    carry = state, jax.tree.map(lambda y: jnp.zeros((L, *y.shape[1:]), y.dtype), like)
+    if reverse and rest:
+        carry = chunk(carry, n * size, rest)
+    carry = jax.lax.scan(lambda carry, i: (chunk(carry, i * size, size), None), carry, jnp.arange(n), reverse=reverse)[0]
+    if not reverse and rest:
+        carry = chunk(carry, n * size, rest)
+    return carry

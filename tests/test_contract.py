@@ -40,8 +40,9 @@ def test_layer_pieces_and_steps(name):
 
 
 @pytest.mark.parametrize("name", ("s5_zoh", "lru"))
-def test_laws_hold_for_the_associative_scan(name, monkeypatch):
-    monkeypatch.setattr(scan, "_pick", lambda backend: "associative")
+@pytest.mark.parametrize("backend", [name for name in scan.SCAN_BACKENDS if name != "sequential"])
+def test_laws_hold_for_the_other_scans(name, backend, monkeypatch):
+    monkeypatch.setattr(scan, "_pick", lambda _: backend)
     test_layer_pieces_and_steps(name)
     test_layer_times(name)
 
