@@ -10,6 +10,8 @@ from flax import serialization
 
 from ssm_lib import DSS, LRU, S5SSM, BatchStackedSSMModel, RolloutDivergedError, rollout, rollout_stream, write_rollout
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 KEY = jax.random.PRNGKey(0)
 RNG = np.random.default_rng(0)
 W, C = 4, 2
