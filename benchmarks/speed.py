@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import time
+from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -48,6 +49,16 @@ class ProductsAlone(S5SSM):
 
     def __call__(self, u, **_):
         return read_out(2 * to_complex(self.Cs[0]), project(to_complex(self.B), u)) + self.D * u
+
+
+class RealProducts(PublishedS5):
+    "The published layer with real matrix products, and with a scan to choose: λ̄ (P,), b (L, P) → x (L, P)."
+
+    scan: Callable = None
+
+    def __call__(self, u, **_):
+        system = self.system(None)
+        return system.observe(self.scan(system.Lambda_bar, system.gamma * system.drive(u)), u)
 
 
 LAYERS = {"published": PublishedS5, "ssm_lib": S5SSM, "products alone": ProductsAlone}
@@ -98,6 +109,19 @@ def against_published(seconds):
 
 def ratio(row, kind, other="published"):
     return row[kind][other][1] / row[kind]["ssm_lib"][1]
+
+
+def techniques(seconds):
+    "What each technique brings, one after the other, at one shape."
+    B, L, H, d_hidden = SHAPES[2]
+    plain = lambda name: lambda a, b: SCAN_BACKENDS[name](a, b, jnp.zeros_like(b[0]), False)  # differentiated by JAX
+    scans = {"real products": plain("associative"), "a loop for the tree": plain("sequential"), "its own derivative": linear_scan}
+    layers = {"as published": PublishedS5(H, d_hidden, blocks=8)}
+    layers |= {name: RealProducts(H, d_hidden, blocks=8, scan=scan) for name, scan in scans.items()}
+    layers["in chunks"] = S5SSM(H, d_hidden, blocks=8)
+    made = {name: programs(layer, B, L, H) for name, layer in layers.items()}
+    times = {kind: interleaved({name: calls[kind] for name, (calls, _) in made.items()}, seconds) for kind in ("forward", "gradient")}
+    return {"shape": SHAPES[2], "memory": {name: memory["gradient"] for name, (_, memory) in made.items()}, **times}
 
 
 def over_length(lengths, seconds):
@@ -250,6 +274,9 @@ def report(r):
         grows = "" if before is None else f"{(row['time'][1] / before['time'][1]) ** (1 / np.log2(row['L'] / before['L'])):.2f}"
         lines.append(f"| {row['L']:,} | {ms(row['time'])} | {grows} | {row['memory'] / 1e6:.1f} |")
         before = row
+    t = r["techniques"]
+    lines += ["", f"| {', '.join(map(str, t['shape']))}, cumulative | forward ms | gradient ms | memory MB |", "|---|---|---|---|"]
+    lines += [f"| {n} | {ms(t['forward'][n])} | {ms(t['gradient'][n])} | {t['memory'][n] / 1e6:.1f} |" for n in t["memory"]]
     lines += ["", f"| scan, (L, P) | {' | '.join(f'{name} ms' for name in SCAN_BACKENDS)} |", "|---" * (1 + len(SCAN_BACKENDS)) + "|"]
     for row in r["scan"]:
         for kind in ("forward", "gradient"):
@@ -274,6 +301,7 @@ def main():
     result = {"machine": machine()}
     print("against the published formulation", flush=True)
     result["against published"] = against_published(seconds)
+    result["techniques"] = techniques(seconds)
     print("over length", flush=True)
     result["over length"] = over_length(lengths, seconds / 2)
     print("scans, chunks, peers", flush=True)
