@@ -114,8 +114,9 @@ def ratio(row, kind, other="published"):
 def techniques(seconds):
     "What each technique brings, one after the other, at one shape."
     B, L, H, d_hidden = SHAPES[2]
-    plain = lambda name: lambda a, b: SCAN_BACKENDS[name](a, b, jnp.zeros_like(b[0]), False)  # differentiated by JAX
-    scans = {"real products": plain("associative"), "a loop for the tree": plain("sequential"), "its own derivative": linear_scan}
+    plain = lambda a, b: SCAN_BACKENDS["associative"](a, b, jnp.zeros_like(b[0]), False)  # differentiated by JAX
+    own = lambda backend: partial(linear_scan, backend=backend)
+    scans = {"real products": plain, "the scan's own derivative": own("associative"), "a loop for the tree": own("sequential")}
     layers = {"as published": PublishedS5(H, d_hidden, blocks=8)}
     layers |= {name: RealProducts(H, d_hidden, blocks=8, scan=scan) for name, scan in scans.items()}
     layers["in chunks"] = S5SSM(H, d_hidden, blocks=8)

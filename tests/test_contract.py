@@ -14,7 +14,7 @@ from ssm_lib.blocks import ACTIVATIONS, NORMS
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 SMALL = LAYERS["lru"][0]
-MODELS = {"1d": (BatchStackedSSMModel, 6, 2), "2d": (BatchStackedSSM2DModel, (3, 4), 1)}
+MODELS = {"1d": (BatchStackedSSMModel, 6, 1), "2d": (BatchStackedSSM2DModel, (3, 4), 1)}
 each_layer = pytest.mark.parametrize("name", LAYERS)
 each_model = pytest.mark.parametrize("model_class, d_model, n_layers", MODELS.values(), ids=MODELS)
 

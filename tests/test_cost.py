@@ -17,6 +17,8 @@ from ssm_lib.diagonal import chunk_steps
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from speed import PublishedS5, programs
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")  # the plan of memory is made before the code
+
 
 @pytest.mark.parametrize("B, L, H, d_hidden, less", ((2, 1024, 64, 128, 6), (1, 8192, 64, 64, 10)))
 def test_memory_of_the_gradient(B, L, H, d_hidden, less):
