@@ -129,7 +129,8 @@ class DivergedError(FloatingPointError):
 
     def __init__(self, step, good_step, variables):
         super().__init__(
-            f"loss or parameters are not finite by step {step}; the variables of step {good_step} are kept. Check the batches for NaN, or lower the learning rate."
+            f"loss or parameters are not finite by step {step}; the variables of step {good_step} are kept. "
+            "Check the batches for NaN, or lower the learning rate."
         )
         self.variables = variables
 
