@@ -104,9 +104,9 @@ def write_run(
     metrics = {"nrmse": {name: list(map(float, e)) for name, e in errors.items()}, "leads": list(LEADS), "training_seconds": seconds}
     (folder / "metrics.json").write_text(json.dumps({**metrics, "n_starts": len(truth), "config": config}, indent=1))
     dt, middle = config["data"]["dt"], int(np.argsort(((made["model"] - truth) ** 2).mean((1, 2, 3)))[len(truth) // 2])
-    save_figure(plot_rollout(truth[middle], made["model"][middle], dt=dt, time_label="time"), folder / "rollout.png", dpi=80)
+    save_figure(plot_rollout(truth[middle], made["model"][middle], dt=dt, time_label="time", start=1), folder / "rollout.png", dpi=80)
     save_figure(plot_errors(errors), folder / "errors.png")
-    animate_rollout(truth[middle], made["model"][middle], folder / "rollout.gif", every=2)
+    animate_rollout(truth[middle], made["model"][middle], folder / "rollout.gif", every=2, start=1)
     return errors
 
 # %% ../nbs/50_cli.ipynb #81345a68

@@ -107,6 +107,8 @@ def _open(path: Path, key: str | None, mmap: bool) -> np.ndarray:
     "The array in an `.npy` or `.npz` file, before any check of its shape."
     try:
         file = np.load(path, mmap_mode="r" if mmap and path.suffix == ".npy" else None, allow_pickle=False)
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist; expected an .npy or .npz file of trajectories.") from None
     except (ValueError, EOFError) as e:
         raise ValueError(f"{path} is not a readable NumPy file of numbers: {str(e).splitlines()[0]}") from None
     if isinstance(file, np.ndarray):

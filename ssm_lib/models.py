@@ -218,7 +218,7 @@ class IncrementModel(nn.Module):
     ----------
     model : any model of the contract, on frames (..., C); not an initial-condition model
     mean, std : mean and deviation of each variable, C floats in physical units
-    increment_std : deviation of x[k+1] − x[k] for each variable, C floats in physical units
+    increment_std : root mean square of x[k+1] − x[k] for each variable, C floats in physical units
     """
 
     model: nn.Module

@@ -37,8 +37,10 @@ def plot_rollout(
     dt: float = 1.0,  # time between frames
     variable: int = 0,  # which of the C
     time_label: str = "frame",  # unit of time
+    start: int = 0,  # number of the first frame
 ):  # a matplotlib Figure
     "Truth, prediction and error: in space–time on a line, as four snapshots on a grid."
+    name_of_field = "u" if truth.shape[-1] == 1 else f"variable {variable}"
     truth, prediction, top = _check_pair(truth, prediction, variable)
     plt, T = _pyplot(), len(truth)
     rows = (("truth", truth, top), ("prediction", prediction, top), ("error", prediction - truth, top))
@@ -47,13 +49,13 @@ def plot_rollout(
     for (name, field, limit), row in zip(rows, axes):
         for ax, k in zip(row, np.linspace(0, T - 1, columns).astype(int)):
             frame = field.T if truth.ndim == 2 else field[k]
-            extent = (0, T * dt, 0, frame.shape[0]) if truth.ndim == 2 else None
+            extent = ((start - 0.5) * dt, (start + T - 0.5) * dt, -0.5, len(frame) - 0.5) if truth.ndim == 2 else None
             options = dict(cmap="PuOr" if name == "error" else "RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
             image = ax.imshow(frame, aspect="auto" if truth.ndim == 2 else "equal", origin="lower", extent=extent, **options)
             if truth.ndim == 3 and name == "truth":
-                ax.set_title(f"{time_label} {k * dt:g}", fontsize=9)
-        row[0].set_ylabel(name)
-        fig.colorbar(image, ax=list(row))
+                ax.set_title(f"{time_label} {(start + k) * dt:g}", fontsize=9)
+        row[0].set_ylabel(name if truth.ndim == 3 else f"{name}\ngrid point")
+        fig.colorbar(image, ax=list(row), label=name_of_field)
     if truth.ndim == 2:
         axes[-1, 0].set_xlabel(time_label)
     return fig
@@ -87,28 +89,28 @@ def save_figure(
     _pyplot().close(fig)
 
 # %% ../nbs/44_plots.ipynb #4c7c31d2
-def _line_frames(plt, truth, prediction, top):
+def _line_frames(plt, truth, prediction, top, start):
     fig, ax = plt.subplots(figsize=(5, 2.6), layout="constrained")
-    ax.set(ylim=(-1.1 * top, 1.1 * top), xlabel="grid point", ylabel="u")
+    ax.set(ylim=(-1.1 * top, 1.5 * top), xlabel="grid point", ylabel="u")
     lines = [ax.plot(truth[0], color="0.65", lw=4, label="truth")[0], ax.plot(prediction[0], lw=1.5, label="prediction")[0]]
     ax.legend(frameon=False, loc="upper right", ncol=2)
 
     def draw(k):
         for line, field in zip(lines, (truth, prediction)):
             line.set_ydata(field[k])
-        ax.set_title(f"frame {k + 1}", fontsize=9)
+        ax.set_title(f"frame {start + k}", fontsize=9)
 
     return fig, draw
 
 
-def _grid_frames(plt, truth, prediction, top):
+def _grid_frames(plt, truth, prediction, top, start):
     fig, axes = plt.subplots(1, 2, figsize=(5.4, 2.8), layout="constrained")
     images = [ax.imshow(field[0], cmap="RdBu_r", vmin=-top, vmax=top, origin="lower") for ax, field in zip(axes, (truth, prediction))]
 
     def draw(k):
         for image, ax, field, name in zip(images, axes, (truth, prediction), ("truth", "prediction")):
             image.set_data(field[k])
-            ax.set_title(f"{name}, frame {k + 1}", fontsize=9)
+            ax.set_title(f"{name}, frame {start + k}", fontsize=9)
 
     return fig, draw
 
@@ -121,6 +123,7 @@ def animate_rollout(
     fps: int = 15,  # frames per second
     every: int = 1,  # show one frame in so many
     variable: int = 0,  # which of the C
+    start: int = 0,  # number of the first frame
 ) -> None:
     "Write an animation of truth and prediction. Needs matplotlib and pillow."
     check_positive(every=every)
@@ -128,6 +131,6 @@ def animate_rollout(
     plt = _pyplot()
     from matplotlib.animation import FuncAnimation, PillowWriter
 
-    fig, draw = (_line_frames if truth.ndim == 2 else _grid_frames)(plt, truth, prediction, top)
+    fig, draw = (_line_frames if truth.ndim == 2 else _grid_frames)(plt, truth, prediction, top, start)
     FuncAnimation(fig, draw, frames=range(0, len(truth), every)).save(path, writer=PillowWriter(fps=fps), dpi=80)
     plt.close(fig)

@@ -88,15 +88,15 @@ def rollout(
     *,
     carry=None,  # state before the history; None is the zero state
     return_carry: bool = False,  # also return the state, to go on from
-    dt: jax.Array | None = None,  # relative step: a scalar, or per frame read, (T0 + n_steps − 1 − teacher_forcing,), (B, …)
+    dt: jax.Array | None = None,  # relative time from each frame read to the next: scalar, (T0 + n_steps − 1 − teacher_forcing,), (B, …)
     teacher_forcing: int = 0,  # predict this many of the last frames of the history, too
     segment: int | None = None,  # for a long gradient: keep states only so often, compute the rest again
 ) -> jax.Array:  # (B, n_steps, *space, C), or (frames, carry)
     """Predict a future by feeding predictions back.
 
-    The first frame is the model's output at the last frame of the history; with `teacher_forcing=k`, at the last but k,
-    so that the first k + 1 frames are predicted from true ones and the others from predictions. Models run with
-    training=False. Jitted (once per model and shape), differentiable, works inside jit, vmap and grad.
+    The first frame is the model's output at the last frame of the history. With `teacher_forcing=k` the answer begins
+    k frames earlier: its first k + 1 frames are one-step predictions from true frames, the rest are fed back. Models run
+    with training=False. Jitted (once per model and shape), differentiable, works inside jit, vmap and grad.
 
     To go on, hand over the last frame and the carry:
     `rollout(model, variables, frames[:, -1:], m, carry=carry)`.
