@@ -49,6 +49,8 @@ def check_times(
         raise ValueError(f"{name} has shape {jnp.shape(value)}; expected {shape}, one value per step of u.")
 
 
+
+# %% ../nbs/04_contract.ipynb #4e7c8ed4
 def check_positive(**sizes):
     "Raise a ValueError for a size that is not an integer ≥ 1 (None passes: it means not set)."
     for name, size in sizes.items():

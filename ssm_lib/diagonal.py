@@ -143,15 +143,15 @@ class DiagonalSystem(NamedTuple):
 
 # %% ../nbs/03_diagonal.ipynb #98e27dd8
 class DiagonalBank(DiagonalSystem):
-    "H separate systems of N poles each; B, C (H, N), poles and gains flattened to P = H·N."
+    "H separate systems of N/2 poles each; B, C (H, N/2), poles and gains flattened to P = H·N/2."
 
     def drive(self, u):
-        "(..., H) → (..., H·N)"
+        "(..., H) → (..., H·N/2)"
         Bu = jax.lax.complex(u[..., None] * self.B.real, u[..., None] * self.B.imag)
         return Bu.reshape(*u.shape[:-1], self.B.size)
 
     def observe(self, x, u):
-        "(..., H·N), (..., H) → (..., H)"
+        "(..., H·N/2), (..., H) → (..., H)"
         x = x.reshape(*x.shape[:-1], *self.C.shape)
         y = jnp.sum(x.real * self.C.real - x.imag * self.C.imag, -1)
         return y if self.D is None else y + self.D * u

@@ -51,7 +51,7 @@ def bilinear(
     Lambda: jax.Array,  # poles in continuous time, real or complex
     Delta: jax.Array,  # step; broadcasts with Lambda
 ) -> tuple[jax.Array, jax.Array]:  # (Lambda_bar, gamma)
-    "The bilinear (Tustin) rule: second order, and stable wherever the pole is (Gu et al. 2022, S4, eq. 3)."
+    "The bilinear (Tustin) rule: second order, and stable wherever the pole is stable (Gu et al. 2022, S4, eq. 3)."
     z = Lambda * Delta / 2
     return (1 + z) / (1 - z), Delta / (1 - z)
 

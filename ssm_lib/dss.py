@@ -31,8 +31,8 @@ def complex_softmax(
 
 # %% ../nbs/22_dss.ipynb #839975df
 def dss_kernel(
-    W: jax.Array,  # (1, N) or (N,) complex weights
-    Lambda: jax.Array,  # (N,) complex poles
+    W: jax.Array,  # (1, P) or (P,) complex weights
+    Lambda: jax.Array,  # (P,) complex poles
     L: int,  # length
     step: float,  # Delta
 ) -> jax.Array:  # (L,) real
@@ -41,6 +41,8 @@ def dss_kernel(
     return ((W / Lambda) @ weights).ravel().real
 
 
+
+# %% ../nbs/22_dss.ipynb #c5496d3b
 def _geometric(z, L):
     "Σ eᶻᵏ over k < L, divided by its largest term; Re z ≤ 0 and > 0 alike."
     z = jnp.where(z.real > 0, -z, z)
@@ -48,11 +50,11 @@ def _geometric(z, L):
 
 
 def dss_ssm(
-    W: jax.Array,  # (1, N) or (N,) complex weights
-    Lambda: jax.Array,  # (N,) complex poles
+    W: jax.Array,  # (1, P) or (P,) complex weights
+    Lambda: jax.Array,  # (P,) complex poles
     L: int,  # length that the kernel is normalised over
     step: float,  # Delta
-) -> tuple[jax.Array, jax.Array, jax.Array]:  # A_bar (N, N), B_bar (N, 1), C_bar (1, N)
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # A_bar (P, P), B_bar (P, 1), C_bar (1, P)
     "The recurrence whose kernel is `dss_kernel` (Gupta et al. 2022, DSS, proposition 1 and section 3.2)."
     z = Lambda * step
     largest = jnp.exp(jnp.maximum(z.real, 0) * (L - 1) + 1j * jnp.where(z.real > 0, z.imag, 0) * (L - 1))
@@ -69,7 +71,7 @@ class DSS(SSMLayer):
     Parameters
     ----------
     d_model : number of features H, in and out
-    d_hidden : size of the state of each feature, counted in real numbers: N = d_hidden/2 complex poles
+    d_hidden : size of the state of each feature, counted in real numbers: P = d_hidden/2 complex poles
     l_max : longest sequence; the softmax is normalised over so many steps
     kernel : "softmax" or "exp"
     dt_min, dt_max : range of the initial steps
@@ -77,7 +79,7 @@ class DSS(SSMLayer):
 
     A whole sequence is run as a convolution, a carried one as a recurrence. The softmax kernel takes no `dt` per step.
 
-    Variables: Lambda_re, Lambda_im (N,), W (H, N, 2), D (H,), log_step (H,).
+    Variables: Lambda_re, Lambda_im (P,), W (H, P, 2), D (H,), log_step (H,).
     """
 
     d_model: int

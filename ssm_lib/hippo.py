@@ -133,6 +133,8 @@ def _half(N):
     return np.arange(N // 2)
 
 
+
+# %% ../nbs/10_hippo.ipynb #1fd3fbd7
 def _s4d_lin(N, real=False):
     return _pairs(np.pi * _half(N), real)
 
@@ -151,6 +153,8 @@ def _diagonal(N, seed=0):
     return -np.diag(np.exp(rng.normal(size=N))), rng.normal(size=N), np.zeros((0, N))
 
 
+
+# %% ../nbs/10_hippo.ipynb #c232ef68
 MEASURES = {
     "legs": _legs, "legsd": _legsd, "legt": _legt, "lmu": _lmu, "lagt": _lagt, "tlagt": _tlagt, "glagt": _glagt,
     "fourier": _fourier, "fout": _fourier, "fourier2": _fourier2, "fourier_decay": _fourier_decay, "foud": _foud,
@@ -167,7 +171,7 @@ def _build(measure, N, options):
         raise ValueError(f"measure {measure!r} got {unknown}; expected {f'none but {known}' if known else 'no options'}. Drop or rename.")
     return MEASURES[measure](N, **options)
 
-# %% ../nbs/10_hippo.ipynb #1fd3fbd7
+# %% ../nbs/10_hippo.ipynb #0d5832d1
 def transition(
     measure: str,  # a name in `MEASURES`
     N: int,  # order: size of the real state
@@ -184,7 +188,7 @@ def transition(
       is the LagT of HiPPO, theorem 1. `"glagt"`: generalised Laguerre, `alpha` = 0.0, `beta` = 0.01 (HiPPO, appendix D.2)
     - `"fourier"`, `"fout"`: truncated Fourier, equal weight on the last `window` = 2.0 (the convention of S4).
       `"fourier2"`: the same with `window` = 1.0 (Gu et al. 2022, How to Train Your HiPPO)
-    - `"fourier_decay"`: windows of `window` = 2.0, each weighing a third of the one after it
+    - `"fourier_decay"`: windows of `window` = 2.0, each weighing a third of the next more recent one
     - `"foud"`: e^{−s/2} times waves of period 1
     - `"s4d_lin"`: −½ + iπn, `"s4d_inv"`: −½ + i(N/π)(N/(2n + 1) − 1), `"s4d_legs"`: the poles of `"legsd"`, all with B = 1
       (S4D, section 4). n counts N/2 poles; A is the diagonal matrix of these, Im λ ≥ 0, and then of their conjugates,
@@ -296,6 +300,8 @@ def _conjugate_eigen(normal):
     return Lambda, np.concatenate([below, middle, below[:, ::-1].conj()], 1)
 
 
+
+# %% ../nbs/10_hippo.ipynb #161be2ee
 def dplr(
     measure: str,  # a name in `MEASURES`
     N: int,  # order: size of the real state, of all blocks together

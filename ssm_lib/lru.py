@@ -58,6 +58,8 @@ def gamma_log_init(
     return 0.5 * jnp.log(-jnp.expm1(-2 * jnp.exp(nu_log)))
 
 
+
+# %% ../nbs/21_lru.ipynb #d44a0ae9
 def matrix_init(
     key: jax.Array,  # random key
     shape: tuple,  # shape of the result

@@ -70,7 +70,7 @@ def legs_step(
 ) -> jax.Array:  # (..., N) coefficients after it
     """One step of HiPPO-LegS (Gu et al. 2020, HiPPO, theorem 2), without any N × N matrix of that step.
 
-    O(N log N) operations for the rational rules; O(N²) for "zoh", which is exact for a signal that is held at f from
+    O(N) operations for the rational rules, in O(log N) rounds; O(N²) for "zoh", which is exact for a signal that is held at f from
     t_before to t.
     """
     check_choice("method", method, METHODS)

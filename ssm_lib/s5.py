@@ -62,6 +62,8 @@ def trunc_standard_normal(
     return jax.vmap(row)(jax.random.split(key, H))
 
 
+
+# %% ../nbs/20_s5.ipynb #817e73af
 def init_CV(
     init_fun,  # initialiser (key, shape) of C as real pairs
     rng: jax.Array,  # random key
@@ -115,6 +117,8 @@ def apply_ssm(
     return _published(Lambda_bar, B_bar, C_tilde, conj_sym, bidirectional).whole(input_sequence)
 
 
+
+# %% ../nbs/20_s5.ipynb #a4a616b7
 def apply_dynamics(
     x0: jax.Array,  # (H,) or (1, H) the frame to start from
     steps: int,  # frames wanted

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.linalg import expm
+from sweep import enable_x64
 
 from ssm_lib import DPLR, Hippo, dplr, make_DPLR_HiPPO, make_NPLR_HiPPO, nplr, transition
+from ssm_lib.convolution import discretize_dense, run_dense
 from ssm_lib.hippo import MEASURES
 from ssm_lib.s5 import hippo_blocks
 
@@ -235,6 +237,21 @@ def test_hippo_in_blocks_starts_as_s5_does():
     np.testing.assert_allclose(p.state_matrix, Lambda, atol=1e-12)
     rebuilt = lambda Lambda, V: (V * Lambda) @ V.conj().T
     np.testing.assert_allclose(rebuilt(p.state_matrix, p.eigenvectors), rebuilt(Lambda, V), atol=1e-11)
+
+
+def test_arrays_learn():
+    """The gradient of a read-out of LegT, with respect to A and B, against finite differences in double precision."""
+    u = np.convolve(np.random.default_rng(0).normal(size=220), np.hanning(21) / 10, "valid")
+    with enable_x64(True):
+        params = jax.tree.map(jnp.asarray, transition("legt", 16))
+        reader = jnp.asarray(np.sqrt(2 * np.arange(16) + 1) * (-1.0) ** np.arange(16))  # the far edge of the window
+        missed = lambda p: run_dense(*discretize_dense(*p, 1 / 50), reader, jnp.asarray(u))[1][50:] - u[:-50]
+        loss = jax.jit(lambda p: jnp.mean(missed(p) ** 2))
+        direction = jax.tree.map(lambda z: jnp.asarray(np.random.default_rng(1).normal(size=z.shape)), params)
+        along = lambda h: float(loss(jax.tree.map(lambda z, d: z + h * d, params, direction)))
+        gradient = jax.tree.leaves(jax.grad(loss)(params))
+        slope = sum(float(jnp.vdot(g, d)) for g, d in zip(gradient, jax.tree.leaves(direction)))
+        np.testing.assert_allclose(slope, (along(1e-5) - along(-1e-5)) / 2e-5, rtol=1e-5)
 
 
 def test_dplr_is_a_pytree():
