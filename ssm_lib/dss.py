@@ -115,5 +115,5 @@ class DSS(SSMLayer):
         else:
             z = Lambda * Delta[:, None]
             Lambda_bar, gamma = jnp.exp(z), _reciprocal(_geometric(z, self.l_max), 1e-7) / Lambda
-        flat = lambda x: x.reshape(*x.shape[:-2], -1)
+        flat = lambda x: jax.lax.collapse(x, x.ndim - 2)
         return DiagonalBank(flat(Lambda_bar), flat(gamma), jnp.ones_like(W), W, self.D)

@@ -95,7 +95,7 @@ class S4D(_PerFeature):
     def system(self, dt):
         Lambda, Delta = self._continuous(dt)
         Lambda_bar, gamma = DISCRETIZATIONS[self.discretization](Lambda, Delta[..., None])
-        flat = lambda x: jnp.broadcast_to(x, Lambda_bar.shape).reshape(*Lambda_bar.shape[:-2], -1)
+        flat = lambda x: jax.lax.collapse(jnp.broadcast_to(x, Lambda_bar.shape), Lambda_bar.ndim - 2)
         return DiagonalBank(flat(Lambda_bar), flat(gamma), to_complex(self.B), 2 * to_complex(self.C), self.D)
 
 # %% ../nbs/23_s4.ipynb #d0b9c091

@@ -16,7 +16,8 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 SMALL = LAYERS["lru"][0]
 MODELS = {"1d": (BatchStackedSSMModel, 6, 1), "2d": (BatchStackedSSM2DModel, (3, 4), 1)}
 each_layer = pytest.mark.parametrize("name", LAYERS)
-each_model = pytest.mark.parametrize("model_class, d_model, n_layers", MODELS.values(), ids=MODELS)
+GRIDS = [("1d", name) for name in LAYERS] + [("2d", name) for name in ("s5_zoh", "lru", "dss", "s4d_zoh", "s4")]  # a class each
+each_model = pytest.mark.parametrize("grid, name", GRIDS)
 
 
 def frames(d_model, T, B=2, C=2):
@@ -175,10 +176,10 @@ def test_block(activation, norm, prenorm):
     close(*apart)
 
 
-@each_layer
 @each_model
-def test_model(name, model_class, d_model, n_layers):
+def test_model(grid, name):
     "Whole = pieces = steps; every parameter gets a finite gradient; variables mix; a rollout is the naive loop."
+    model_class, d_model, n_layers = MODELS[grid]
     (ssm, tolerance), x = LAYERS[name], frames(d_model, 9)
     x = jnp.concatenate([x, x[:1].at[..., 0].add(1.0)])
     model = model_class(ssm, d_model=d_model, d_vars=2, n_layers=n_layers, training=False)
@@ -206,9 +207,9 @@ def test_model(name, model_class, d_model, n_layers):
     close(rollout(model, v, x, 2), naive, max(tolerance, 2e-5))
 
 
-@each_layer
 @each_model
-def test_initial_condition_model(name, model_class, d_model, n_layers):
+def test_initial_condition_model(grid, name):
+    model_class, d_model, n_layers = MODELS[grid]
     (ssm, tolerance), x = LAYERS[name], frames(d_model, 9)
     model = model_class(ssm, d_model=d_model, d_vars=2, n_layers=n_layers, ssm_first_layer=partial(ssm, n_steps=9))
     v = jax.jit(model.init)(KEY, x)

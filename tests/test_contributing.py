@@ -32,4 +32,4 @@ def test_the_example_keeps_the_contract(example, law):
 
 
 def test_the_example_in_a_model(example):
-    test_contract.test_model(example, *test_contract.MODELS["1d"])
+    test_contract.test_model("1d", example)
