@@ -20,11 +20,11 @@ from speed import PublishedS5, programs
 pytestmark = pytest.mark.usefixtures("quick_compilation")  # the plan of memory is made before the code
 
 
-@pytest.mark.parametrize("B, L, H, d_hidden, less", ((2, 1024, 64, 128, 6), (1, 8192, 64, 64, 10)))
-def test_memory_of_the_gradient(B, L, H, d_hidden, less):
-    "Planned by XLA, so the same on every run: at most 1/less of the published formulation's."
+@pytest.mark.parametrize("B, L, H, d_hidden", ((2, 1024, 64, 128), (1, 8192, 64, 64)))
+def test_memory_of_the_gradient(B, L, H, d_hidden):
+    "Planned by XLA, so the same on every run: at most a sixth of the published formulation's."
     ours, published = (programs(cls(H, d_hidden, blocks=8), B, L, H)[1]["gradient"] for cls in (S5SSM, PublishedS5))
-    assert ours * less < published
+    assert ours * 6 < published
 
 
 @pytest.mark.parametrize("name", ("s5_zoh", "s5_bilinear", "s5_both", "lru"))
