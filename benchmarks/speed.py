@@ -64,17 +64,25 @@ class RealProducts(PublishedS5):
 LAYERS = {"published": PublishedS5, "ssm_lib": S5SSM, "products alone": ProductsAlone}
 
 
-def programs(layer, B, L, H):
-    "Compiled forward and value-and-gradient of Σ y·w, with their inputs."
-    rng = np.random.default_rng(0)
-    u, w = (jnp.asarray(rng.normal(size=(B, L, H)), jnp.float32) for _ in range(2))
-    v = jax.jit(layer.init)(jax.random.PRNGKey(0), u[0])
-    forward = lambda v, u: jax.vmap(lambda u: layer.apply(v, u))(u)
+def compiled(apply, v, u, w):
+    "Forward and value-and-gradient of Σ y·w over a batch, compiled and given their inputs; the temporary memory of each."
+    forward = lambda v, u: jax.vmap(lambda u: apply(v, u))(u)
     loss = lambda v, u, w: jnp.sum(forward(v, u) * w)
-    compiled = jax.jit(forward).lower(v, u).compile(), jax.jit(jax.value_and_grad(loss, (0, 1))).lower(v, u, w).compile()
-    return {"forward": partial(compiled[0], v, u), "gradient": partial(compiled[1], v, u, w)}, {
-        "forward": compiled[0].memory_analysis().temp_size_in_bytes, "gradient": compiled[1].memory_analysis().temp_size_in_bytes
-    }
+    made = {"forward": (jax.jit(forward), (v, u)), "gradient": (jax.jit(jax.value_and_grad(loss, (0, 1))), (v, u, w))}
+    made = {kind: (program.lower(*inputs).compile(), inputs) for kind, (program, inputs) in made.items()}
+    calls = {kind: partial(program, *inputs) for kind, (program, inputs) in made.items()}
+    return calls, {kind: program.memory_analysis().temp_size_in_bytes for kind, (program, _) in made.items()}
+
+
+def sequences(B, L, H):
+    "Input and weights of the loss."
+    rng = np.random.default_rng(0)
+    return (jnp.asarray(rng.normal(size=(B, L, H)), jnp.float32) for _ in range(2))
+
+
+def programs(layer, B, L, H):
+    u, w = sequences(B, L, H)
+    return compiled(layer.apply, jax.jit(layer.init)(jax.random.PRNGKey(0), u[0]), u, w)
 
 
 def interleaved(calls, seconds, least=5):
@@ -193,23 +201,14 @@ def peers(H, P):
 
 def against_peers(seconds, B=4, L=2048, H=64, P=64):
     "An LRU of the same size here and there (memax wants H = P): empty where no other library is installed."
-    rng = np.random.default_rng(0)
-    u, w = (jnp.asarray(rng.normal(size=(B, L, H)), jnp.float32) for _ in range(2))
+    u, w = sequences(B, L, H)
     here = LRU(P, H)
     layers = {"ssm_lib": (here.apply, jax.jit(here.init)(jax.random.PRNGKey(0), u[0])), **peers(H, P)}
     if len(layers) == 1:
         return {}
-    table, memory = {}, {}
-    for kind in ("forward", "gradient"):
-        calls = {}
-        for name, (apply, v) in layers.items():
-            forward = lambda v, u, apply=apply: jax.vmap(lambda u: apply(v, u))(u)
-            loss = lambda v, u, w, forward=forward: jnp.sum(forward(v, u) * w)
-            inputs = (v, u) if kind == "forward" else (v, u, w)
-            compiled = jax.jit(forward if kind == "forward" else jax.grad(loss, (0, 1))).lower(*inputs).compile()
-            calls[name], memory[name] = partial(compiled, *inputs), compiled.memory_analysis().temp_size_in_bytes
-        table[kind] = interleaved(calls, seconds)
-    return {"shape": [B, L, H, P], "memory": memory, **table}
+    made = {name: compiled(apply, v, u, w) for name, (apply, v) in layers.items()}
+    times = {kind: interleaved({name: calls[kind] for name, (calls, _) in made.items()}, seconds) for kind in ("forward", "gradient")}
+    return {"shape": [B, L, H, P], "memory": {name: memory["gradient"] for name, (_, memory) in made.items()}, **times}
 
 
 def compile_times(repeats):
@@ -250,47 +249,80 @@ def geometric_mean(values):
     return float(np.exp(np.mean(np.log(values))))
 
 
-def report(r):
-    m, rows = r["machine"], r["against published"]
-    where = f"{m['cpu']}, {m['cores']} cores; device {m['device']}; jax {m['jax']}, Python {m['python']}."
-    columns = ["B, L, H, d_hidden", "forward ×", "gradient ×", "memory ÷", "forward ms", "gradient ms", "memory MB"]
-    columns.append("gradient ÷ products alone")
-    lines = ["# Speed", "", f"{where} Medians, [quartiles].", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    ms = lambda q: f"{q[1] * 1e3:.1f} [{q[0] * 1e3:.1f}, {q[2] * 1e3:.1f}]"
+def table(head, rows):
+    "Markdown."
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows))
+
+
+def ms(quartiles):
+    low, median, high = (1e3 * q for q in quartiles)
+    return f"{median:.3g} [{low:.3g}, {high:.3g}]"
+
+
+def means(rows):
+    "Geometric means over shapes: published over ours, forward, gradient and memory."
+    saved = [row["memory"]["published"]["gradient"] / row["memory"]["ssm_lib"]["gradient"] for row in rows]
+    return *(geometric_mean([ratio(row, kind) for row in rows]) for kind in ("forward", "gradient")), geometric_mean(saved)
+
+
+def published_table(rows):
+    head = ["B, L, H, d_hidden", "forward ×", "gradient ×", "memory ÷", "forward ms", "gradient ms", "memory MB"]
+    lines = []
     for row in rows:
-        memory = {name: row["memory"][name]["gradient"] for name in row["memory"]}
-        alone = 1 / ratio(row, "gradient", "products alone")
-        lines.append(
-            f"| {', '.join(map(str, row['shape']))} | {ratio(row, 'forward'):.1f} | {ratio(row, 'gradient'):.1f} "
-            f"| {memory['published'] / memory['ssm_lib']:.1f} | {ms(row['forward']['ssm_lib'])} | {ms(row['gradient']['ssm_lib'])} "
-            f"| {memory['ssm_lib'] / 1e6:.1f} | {alone:.2f} |"
-        )
-    means = [geometric_mean([ratio(row, kind) for row in rows]) for kind in ("forward", "gradient")]
-    saved = geometric_mean([row["memory"]["published"]["gradient"] / row["memory"]["ssm_lib"]["gradient"] for row in rows])
-    lines += [f"| **geometric mean** | **{means[0]:.1f}** | **{means[1]:.1f}** | **{saved:.1f}** | | | | |", ""]
-    lines += ["× is the time of the published formulation over ours, ÷ memory its temporary memory over ours (of the gradient).", ""]
-    lines += ["| L | gradient ms | × per doubling | memory MB |", "|---|---|---|---|"]
-    before = None
-    for row in r["over length"]:
-        grows = "" if before is None else f"{(row['time'][1] / before['time'][1]) ** (1 / np.log2(row['L'] / before['L'])):.2f}"
-        lines.append(f"| {row['L']:,} | {ms(row['time'])} | {grows} | {row['memory'] / 1e6:.1f} |")
-        before = row
-    t = r["techniques"]
-    lines += ["", f"| {', '.join(map(str, t['shape']))}, cumulative | forward ms | gradient ms | memory MB |", "|---|---|---|---|"]
-    lines += [f"| {n} | {ms(t['forward'][n])} | {ms(t['gradient'][n])} | {t['memory'][n] / 1e6:.1f} |" for n in t["memory"]]
-    lines += ["", f"| scan, (L, P) | {' | '.join(f'{name} ms' for name in SCAN_BACKENDS)} |", "|---" * (1 + len(SCAN_BACKENDS)) + "|"]
-    for row in r["scan"]:
-        for kind in ("forward", "gradient"):
-            lines.append(f"| {tuple(row['shape'])}, {kind} | {' | '.join(ms(row[kind][name]) for name in SCAN_BACKENDS)} |")
-    lines += ["", "| B, L, H, d_hidden | steps in a chunk | gradient ms | memory MB |", "|---|---|---|---|"]
-    for row in r["chunk sizes"]:
-        lines.append(f"| {', '.join(map(str, row['shape']))} | {row['size']} | {ms(row['time'])} | {row['memory'] / 1e6:.1f} |")
-    if p := r["peers"]:
-        lines += ["", f"| LRU, (B, L, H, P) = {tuple(p['shape'])} | forward ms | gradient ms | memory MB |", "|---|---|---|---|"]
-        lines += [f"| {n} | {ms(p['forward'][n])} | {ms(p['gradient'][n])} | {p['memory'][n] / 1e6:.1f} |" for n in p["memory"]]
-    c = r["compile"]
-    lines += ["", f"Compiling the training step of six layers: {c['ssm_lib']:.1f} s here, {c['published']:.1f} s as published.", ""]
-    return "\n".join(lines)
+        ours = row["memory"]["ssm_lib"]["gradient"]
+        lines.append([
+            shape(row), *(f"{mean:.1f}" for mean in means([row])), ms(row["forward"]["ssm_lib"]), ms(row["gradient"]["ssm_lib"]),
+            f"{ours / 1e6:.1f}", f"{1 / ratio(row, 'gradient', 'products alone'):.2f}",
+        ])  # fmt: skip
+    last = ["**geometric mean**", *(f"**{mean:.1f}**" for mean in means(rows)), "", "", "", ""]
+    return table([*head, "gradient ÷ products alone"], [*lines, last])
+
+
+def shape(row):
+    return ", ".join(map(str, row["shape"]))
+
+
+def named_table(r):
+    "Rows by name: forward, gradient, memory of the gradient."
+    rows = [[name, ms(r["forward"][name]), ms(r["gradient"][name]), f"{r['memory'][name] / 1e6:.1f}"] for name in r["memory"]]
+    return table([shape(r), "forward ms", "gradient ms", "memory MB"], rows)
+
+
+def length_table(rows):
+    grows = [""] + [f"{(b['time'][1] / a['time'][1]) ** (1 / np.log2(b['L'] / a['L'])):.2f}" for a, b in zip(rows, rows[1:])]
+    lines = [[f"{row['L']:,}", ms(row["time"]), g, f"{row['memory'] / 1e6:.1f}"] for row, g in zip(rows, grows)]
+    return table(["L", "gradient ms", "× per doubling", "memory MB"], lines)
+
+
+def tables(r):
+    "Every table of the results, by name, in Markdown."
+    scans = list(r["scan"][0]["forward"])
+    scan = [[shape(row), kind, *(ms(row[kind][n]) for n in scans)] for row in r["scan"] for kind in ("forward", "gradient")]
+    chunks = [[shape(row), row["size"], ms(row["time"]), f"{row['memory'] / 1e6:.1f}"] for row in r["chunk sizes"]]
+    made = {
+        "against published": published_table(r["against published"]), "techniques": named_table(r["techniques"]),
+        "over length": length_table(r["over length"]), "scan": table(["L, P", "ms", *scans], scan),
+        "chunk sizes": table(["B, L, H, d_hidden", "steps in a chunk", "gradient ms", "memory MB"], chunks),
+    }  # fmt: skip
+    return made | ({"peers": named_table(r["peers"])} if r["peers"] else {})
+
+
+NOTES = {
+    "against published": "Times (×) and temporary memory of the gradient (÷) of the published formulation over ours.",
+    "techniques": "B, L, H, d_hidden as said; each row adds one technique to the row above.",
+    "over length": "Gradient of one sequence, H = d_hidden = 64.",
+    "scan": "The bare recurrence.",
+    "chunk sizes": "Other lengths of chunks than the library's own.",
+    "peers": "An LRU through other libraries; B, L, H, P as said.",
+}
+
+
+def report(r):
+    m, c = r["machine"], r["compile"]
+    where = f"{m['cpu']}, {m['cores']} cores; device {m['device']}; jax {m['jax']}, Python {m['python']}. Medians, [quartiles]."
+    parts = [f"{NOTES[name]}\n\n{text}" for name, text in tables(r).items()]
+    last = f"Compiling the training step of six layers: {c['ssm_lib']:.1f} s here, {c['published']:.1f} s as published."
+    return "\n\n".join(["# Speed", where, *parts, last]) + "\n"
 
 
 def main():

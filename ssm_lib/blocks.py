@@ -48,23 +48,8 @@ class Gate(nn.Module):
         return drop(value[self.activation](a) * sigmoid)
 
 # %% ../nbs/30_blocks.ipynb #7297d3db
-class SequenceLayer(nn.Module):
-    """Norm, state-space layer, gate and residual: x (L, d_model) → (L, d_model).
-
-    Parameters
-    ----------
-    ssm : factory of the layer, called with `d_model`, e.g. `partial(S5SSM, d_hidden=64)`
-    d_model : number of features
-    dropout : share of features switched off in training
-    norm : "layer", or "batch" (statistics over time, and over the batch in the Batch models)
-    training : dropout and batch statistics on; off for inference
-    activation : one of "full_glu", "half_glu1", "half_glu2", "gelu"
-    prenorm : norm before the layer; after the residual if False
-    axis_name : name of the vmapped axis that batch statistics are shared over
-
-    Around an initial-condition layer (`n_steps`), the residual too sees only frame 0: the block acts on
-    the impulse [x_0, 0, 0, …]. Such a layer's carry is (state, started), and the block reads its flag.
-    """
+class _Block(nn.Module):
+    "The parts of a block, and how they go around its layer."
 
     ssm: Callable
     d_model: int
@@ -89,36 +74,12 @@ class SequenceLayer(nn.Module):
         self.normalize = nn.LayerNorm() if self.norm == "layer" else batch_norm()
         self.gate = Gate(self.activation, self.d_model, self.dropout, self.training)
 
-    def __call__(self, x, *, dt=None, mask=None, reset=None):
-        "Whole sequence: x (L, d_model) → (L, d_model), or (n_steps, d_model)."
-        check_frames(x, (self.d_model,), "L", "Use the Batch model, or vmap over the batch.")
-        x = visible(x, mask)
+    def _skip(self, x, carry):
+        "What goes past the layer: all of x, or around an initial-condition layer the impulse; no carry is the whole sequence."
         n_steps = getattr(self.seq, "n_steps", None)
-        skip = x if n_steps is None else impulse(x, False, n_steps)
-        return self._after(skip, self.seq(self._before(x), dt=dt, mask=mask, reset=reset))
-
-    def prefill(self, x, carry=None, *, dt=None, mask=None, reset=None, all_carries=False):
-        "A stretch x (L, d_model) from a carried state (None is zero): (carry, y), or with the carry after every step."
-        check_frames(x, (self.d_model,), "L", "Use the Batch model, or vmap over the batch.")
-        self._check_carried()
-        x = visible(x, mask)
-        carry = self.initial_carry() if carry is None else carry
-        skip = x if getattr(self.seq, "n_steps", None) is None else impulse(x, carry[1], len(x))
-        carry, y = self.seq.prefill(self._before(x), carry, dt=dt, mask=mask, reset=reset, all_carries=all_carries)
-        return carry, self._after(skip, y)
-
-    def step(self, carry, x_k, *, dt=None, mask=None, reset=None):
-        "One step from a carried state, x_k (d_model,): (carry, y_k)."
-        check_frames(x_k, (self.d_model,), "", "A step takes one frame; vmap over a batch.")
-        self._check_carried()
-        x_k = visible(x_k, mask)
-        skip = x_k if getattr(self.seq, "n_steps", None) is None else jnp.where(carry[1], 0, x_k)
-        carry, y = self.seq.step(carry, self._before(x_k), dt=dt, mask=mask, reset=reset)
-        return carry, self._after(skip, y)
-
-    def initial_carry(self):
-        "The zero state of the layer inside."
-        return self.seq.initial_carry()
+        if n_steps is None:
+            return x
+        return impulse(x, False, n_steps) if carry is None else impulse(x, carry[1], len(x))
 
     def _before(self, x):
         return (self.normalize(x) if self.prenorm else x).astype(x.dtype)
@@ -130,3 +91,51 @@ class SequenceLayer(nn.Module):
     def _check_carried(self):
         if self.norm == "batch" and self.training:
             raise ValueError("norm='batch' with training=True needs the whole sequence for its statistics. Use training=False.")
+
+# %% ../nbs/30_blocks.ipynb #5ef1577f
+class SequenceLayer(_Block):
+    """Norm, state-space layer, gate and residual: x (L, d_model) → (L, d_model).
+
+    Parameters
+    ----------
+    ssm : factory of the layer, called with `d_model`, e.g. `partial(S5SSM, d_hidden=64)`
+    d_model : number of features
+    dropout : share of features switched off in training
+    norm : "layer", or "batch" (statistics over time, and over the batch in the Batch models)
+    training : dropout and batch statistics on; off for inference
+    activation : one of "full_glu", "half_glu1", "half_glu2", "gelu"
+    prenorm : norm before the layer; after the residual if False
+    axis_name : name of the vmapped axis that batch statistics are shared over
+
+    Around an initial-condition layer (`n_steps`), the residual too sees only frame 0: the block acts on
+    the impulse [x_0, 0, 0, …]. Such a layer's carry is (state, started), and the block reads its flag.
+    """
+
+    def __call__(self, x, *, dt=None, mask=None, reset=None):
+        "Whole sequence: x (L, d_model) → (L, d_model), or (n_steps, d_model)."
+        check_frames(x, (self.d_model,), "L", "Use the Batch model, or vmap over the batch.")
+        x = visible(x, mask)
+        return self._after(self._skip(x, None), self.seq(self._before(x), dt=dt, mask=mask, reset=reset))
+
+    def prefill(self, x, carry=None, *, dt=None, mask=None, reset=None, all_carries=False):
+        "A stretch x (L, d_model) from a carried state (None is zero): (carry, y), or with the carry after every step."
+        check_frames(x, (self.d_model,), "L", "Use the Batch model, or vmap over the batch.")
+        self._check_carried()
+        x = visible(x, mask)
+        carry = self.initial_carry() if carry is None else carry
+        skip = self._skip(x, carry)
+        carry, y = self.seq.prefill(self._before(x), carry, dt=dt, mask=mask, reset=reset, all_carries=all_carries)
+        return carry, self._after(skip, y)
+
+    def step(self, carry, x_k, *, dt=None, mask=None, reset=None):
+        "One step from a carried state, x_k (d_model,): (carry, y_k)."
+        check_frames(x_k, (self.d_model,), "", "A step takes one frame; vmap over a batch.")
+        self._check_carried()
+        x_k = visible(x_k, mask)
+        skip = self._skip(x_k[None], carry)[0]
+        carry, y = self.seq.step(carry, self._before(x_k), dt=dt, mask=mask, reset=reset)
+        return carry, self._after(skip, y)
+
+    def initial_carry(self):
+        "The zero state of the layer inside."
+        return self.seq.initial_carry()

@@ -71,7 +71,7 @@ def chunk_steps(P):
         return 4096  # an accelerator needs more to do at once; not measured yet
     return 512 if P <= 32 else 256
 
-
+# %% ../nbs/03_diagonal.ipynb #7799cafc
 class DiagonalSystem(NamedTuple):
     "A discretised diagonal state-space model, ready to run: all inputs drive all poles, all poles make all outputs."
 
@@ -95,36 +95,26 @@ class DiagonalSystem(NamedTuple):
         y = read_out(self.C, x)
         return y if self.D is None else y + self.D * u
 
-    def states(self, u, x0=None, mask=None, reset=None):
+    def states(self, u, x0=None, mask=None, reset=None, reverse=False):
         "A stretch u (L, H) from a state (None is zero), in one scan: states (L, P), outputs (L, H)."
         u = visible(u, mask)
         Lambda_bar, gamma = _gate(self.Lambda_bar, self.gamma, mask, reset)
-        x = linear_scan(Lambda_bar, gamma * self.drive(u), x0)
+        x = linear_scan(Lambda_bar, gamma * self.drive(u), x0, reverse=reverse)
         return x, self.observe(x, u)
 
-    def run(self, u, x0=None, mask=None, reset=None):
-        "A stretch u (L, H) from a state (None is zero), in chunks: last state (P,), outputs (L, H)."
-        return self._in_chunks(lambda part, *inputs: part.states(*inputs), u, x0, mask, reset)
-
-    def _in_chunks(self, states, u, x0, mask, reset, reverse=False):
-        "A way to make states, chunk by chunk; poles and gains are cut up too where they vary."
-        varies = self.Lambda_bar.ndim > 1
+    def run(self, u, x0=None, mask=None, reset=None, reverse=False):
+        "A stretch u (L, H) from a state (None is zero), in chunks: the state where it ends (P,), outputs (L, H)."
+        varies = self.Lambda_bar.ndim > 1  # then poles and gains are cut up, too
 
         def piece(x, at):
             u, Lambda_bar, gamma, mask, reset = at
             part = self._replace(Lambda_bar=Lambda_bar, gamma=gamma) if varies else self
-            xs, y = states(part, u, x, mask, reset)
+            xs, y = part.states(u, x, mask, reset, reverse)
             return xs[0 if reverse else -1] if len(u) else x, y
 
         poles = (self.Lambda_bar, self.gamma) if varies else (None, None)
         x0 = self.zero_state() if x0 is None else x0
         return scan_in_chunks(piece, x0, (u, *poles, mask, reset), chunk_steps(self.Lambda_bar.shape[-1]), reverse)
-
-    def _states_back(self, u, x0, mask, reset):
-        "The backward direction of a stretch: states (L, P), outputs (L, H) without feedthrough."
-        Lambda_bar, gamma = _gate(self.Lambda_bar, self.gamma, mask, reset)
-        x = linear_scan(Lambda_bar, gamma * self.drive(visible(u, mask)), x0, reverse=True)
-        return x, read_out(self.C_back, x)
 
     def advance(self, x, u_k, mask=None, reset=None):
         "One step from a state x (P,), with u_k (H,): state (P,), output (H,)."
@@ -138,8 +128,8 @@ class DiagonalSystem(NamedTuple):
         y = self.run(u, None, mask, reset)[1]
         if self.C_back is None:
             return y
-        cut = None if reset is None else jnp.append(reset[1:], False)
-        return y + self._in_chunks(lambda part, *inputs: part._states_back(*inputs), u, None, mask, cut, reverse=True)[1]
+        back, cut = self._replace(C=self.C_back, D=None, C_back=None), None if reset is None else jnp.append(reset[1:], False)
+        return y + back.run(u, None, mask, cut, reverse=True)[1]
 
 # %% ../nbs/03_diagonal.ipynb #98e27dd8
 class DiagonalBank(DiagonalSystem):

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from .contract import SSMLayer, check_choice, check_even, check_positive
+from .contract import SSMLayer, check_choice, check_even, check_positive, check_steps
 from .diagonal import DiagonalBank, to_complex
 from .discretization import clip_poles, phi1, zoh
 from .hippo import dplr
@@ -94,7 +94,7 @@ class DSS(SSMLayer):
         check_positive(d_model=self.d_model, l_max=self.l_max, n_steps=self.n_steps)
         check_even(d_hidden=self.d_hidden)
         check_choice("kernel", self.kernel, DSS_KERNELS)
-        log_step_initializer(self.dt_min, self.dt_max)
+        check_steps(self.dt_min, self.dt_max)
         super().__post_init__()
 
     def setup(self):

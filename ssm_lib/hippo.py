@@ -343,6 +343,15 @@ def _initializer(value, what, columns=False):
     return init
 
 
+def _check_form(measure, N, halved, diagonal, options):
+    "Raise a ValueError for a matrix, a diagonal form or a halving that does not exist."
+    _build(measure, N, options)
+    if diagonal:
+        nplr(measure, N, **options)
+    if halved:
+        _check_pairs(measure, N)
+
+
 def _part(z, part):
     check_choice("part", part, ("real", "imaginary"))
     return z.real if part == "real" else z.imag
@@ -370,12 +379,7 @@ class Hippo:
             raise ValueError(f"n_blocks is {n_blocks}; expected 1 without block_diagonal. Add block_diagonal=True.")
         self.state_size, self.measure, self.conj_sym, self.dplr = state_size, measure, conj_sym, dplr
         self.n_blocks, self.options = n_blocks, options
-        N = _block_size(state_size, n_blocks)
-        _build(measure, N, options)
-        if conj_sym or dplr:
-            nplr(measure, N, **options)
-        if conj_sym:
-            _check_pairs(measure, N)
+        _check_form(measure, _block_size(state_size, n_blocks), conj_sym, conj_sym or dplr, options)
 
     @cached_property
     def form(self) -> DPLR:

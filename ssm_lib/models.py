@@ -57,8 +57,8 @@ def _check_stack(model):
     check_choice("activation", model.activation, ACTIVATIONS)
 
 # %% ../nbs/31_models.ipynb #98251b48
-class _Stack(nn.Module):
-    "What the stacked models share: frames → features → blocks → frames, in the three ways of the contract."
+class _Parts(nn.Module):
+    "What the stacked models are made of: frames → features → blocks → frames."
 
     ssm: Callable
     d_model: int | tuple
@@ -98,6 +98,13 @@ class _Stack(nn.Module):
         factories = [first, *[self.ssm] * (self.n_layers - 1)]
         self.blocks = [SequenceLayer(ssm, self.mixing.n_features, **options) for ssm in factories]
 
+    def _check(self, x, lead):
+        check_frames(x, (*self.space, self.d_vars), lead, "Use the Batch model for a leading batch axis.")
+
+# %% ../nbs/31_models.ipynb #87c28cce
+class _Stack(_Parts):
+    "The three ways of the contract, one frame or stretch after the other through the blocks."
+
     def __call__(self, x, *, dt=None, mask=None, reset=None):
         "Whole sequence: x (T, *space, C) → (T, *space, C), or (n_steps, *space, C) from frame 0."
         self._check(x, "T")
@@ -131,9 +138,6 @@ class _Stack(nn.Module):
             c, h = call(block, h, c, dt=dt, mask=mask, reset=reset)
             new.append(c)
         return tuple(new), self.mixing.decode(h).astype(x.dtype)
-
-    def _check(self, x, lead):
-        check_frames(x, (*self.space, self.d_vars), lead, "Use the Batch model for a leading batch axis.")
 
 # %% ../nbs/31_models.ipynb #9bb96b6b
 class StackedSSM(_Stack):

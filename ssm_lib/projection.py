@@ -220,6 +220,15 @@ def reconstruct(
 GATES = {"gru": nn.GRUCell, "lstm": nn.OptimizedLSTMCell, "tanh": nn.SimpleCell}
 
 
+def _remember(cell, c, f, steps):
+    "One step of a cell's memory c (..., N), given the feature f (...) and the steps taken (...)."
+    if cell.measure == "legs":
+        return legs_step(c, f, 1 / (steps + 1), cell.method)
+    A, B = transition(cell.measure, cell.N)
+    A_bar, B_bar = (jnp.asarray(x, c.dtype) for x in discretize_dense(A, B, cell.dt, cell.method))
+    return c @ A_bar.T + f[..., None] * B_bar
+
+# %% ../nbs/11_projection.ipynb #665efdb5
 class HiPPOCell(nn.RNNCellBase):
     """A recurrent cell with a HiPPO memory (Gu et al. 2020, HiPPO, figure 2): for `flax.linen.RNN`.
 
@@ -259,22 +268,11 @@ class HiPPOCell(nn.RNNCellBase):
         state, c, steps = carry
         state, h = GATES[self.gate](self.features, name="tau")(state, jnp.concatenate([c, x.astype(c.dtype)], -1))
         f = nn.Dense(1, name="feature")(h)[..., 0]
-        return (state, self._remember(c, f, steps), steps + 1), h
-
-    def _remember(self, c, f, steps):
-        if self.measure == "legs":
-            return legs_step(c, f, 1 / (steps + 1), self.method)
-        A, B = transition(self.measure, self.N)
-        A_bar, B_bar = (jnp.asarray(x, c.dtype) for x in discretize_dense(A, B, self.dt, self.method))
-        return c @ A_bar.T + f[..., None] * B_bar
+        return (state, _remember(self, c, f, steps), steps + 1), h
 
     @nn.nowrap
-    def initialize_carry(
-        self,
-        rng: jax.Array,  # random key, which the gate's cell may use
-        input_shape: tuple[int, ...],  # (..., H)
-    ):  # (state of the gate, memory, steps)
-        "Empty memory, zero steps."
+    def initialize_carry(self, rng, input_shape):
+        "Empty memory, zero steps, and the gate's first state, which may use the key; input_shape is (..., H)."
         batch = tuple(input_shape[:-1])
         state = GATES[self.gate](self.features, parent=None).initialize_carry(rng, input_shape)
         return state, jnp.zeros((*batch, self.N)), jnp.zeros(batch, jnp.int32)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .contract import SSMLayer, check_choice, check_even, check_positive
+from .contract import SSMLayer, check_choice, check_even, check_positive, check_steps
 from .convolution import causal_convolution
 from .diagonal import DiagonalBank, to_complex, visible
 from .discretization import DISCRETIZATIONS, clip_poles
@@ -27,9 +27,7 @@ class _PerFeature(SSMLayer):
     def __post_init__(self):
         check_positive(d_model=self.d_model, n_steps=self.n_steps)
         check_even(d_hidden=self.d_hidden)
-        log_step_initializer(self.dt_min, self.dt_max)
-        if not self.step_rescale > 0:
-            raise ValueError(f"step_rescale is {self.step_rescale}; expected a positive factor.")
+        check_steps(self.dt_min, self.dt_max, self.step_rescale)
         super().__post_init__()
 
     def _start(self, name, z):
@@ -99,6 +97,25 @@ class S4D(_PerFeature):
         return DiagonalBank(flat(Lambda_bar), flat(gamma), to_complex(self.B), 2 * to_complex(self.C), self.D)
 
 # %% ../nbs/23_s4.ipynb #d0b9c091
+def _bilinear_map(system, Delta):
+    "What a step of length Delta (H,) needs: half of it, G and the inverse of the r × r matrix."
+    half = Delta[:, None] / 2
+    G = 1 / (1 - half * system.Lambda)
+    inner = 2 * jnp.einsum("hrn,hn,hsn->hrs", system.P.conj(), G, system.P).real
+    return half, G, jnp.linalg.inv(jnp.eye(inner.shape[-1]) + half[..., None] * inner)
+
+
+def _bilinear_step(system, step_map, x, u_k, mask, reset):
+    "One step of the states x (H, N/2), by what `_bilinear_map` made of its length."
+    half, G, inverse = step_map
+    held = x if reset is None else jnp.where(reset, 0, x)
+    low_rank = lambda s: jnp.einsum("hrn,hr->hn", system.P, s)
+    seen = lambda x: 2 * jnp.einsum("hrn,hn->hr", system.P.conj(), x).real
+    b = held + half * (system.Lambda * held - low_rank(seen(held)) + 2 * system.B * u_k[:, None])
+    new = G * (b - half * low_rank(jnp.einsum("hrs,hs->hr", inverse, seen(G * b))))
+    return new if mask is None else jnp.where(mask, new, held)
+
+# %% ../nbs/23_s4.ipynb #abe7411a
 class DPLRSystem(NamedTuple):
     "H separate systems in halved diagonal + low-rank form, stepped by the bilinear rule."
 
@@ -115,27 +132,24 @@ class DPLRSystem(NamedTuple):
 
     def states(self, u, x0=None, mask=None, reset=None):
         "A stretch u (L, H) from a state (None is zero), one step after the other: states (L, H, N/2), outputs (L, H)."
-        x0 = self.zero_state() if x0 is None else x0
-        if not len(u):
-            return jnp.zeros((0, *x0.shape), x0.dtype), u
         return self._steps(u, x0, mask, reset, lambda x: x)[1]
 
     def run(self, u, x0=None, mask=None, reset=None):
         "A stretch u (L, H) from a state (None is zero): last state (H, N/2), outputs (L, H)."
-        x0 = self.zero_state() if x0 is None else x0
-        if not len(u):
-            return x0, u
         x, (_, y) = self._steps(u, x0, mask, reset, lambda x: None)
         return x, y
 
     def _steps(self, u, x0, mask, reset, keep):
         "Last state, and for each step what `keep` makes of its state, and the output."
+        x0 = self.zero_state() if x0 is None else x0
+        if not len(u):
+            return x0, (keep(jnp.zeros((0, *x0.shape), x0.dtype)), u)
         per_step = self.Delta if self.Delta.ndim == 2 else None
-        constant = None if per_step is not None else self._map(self.Delta)
+        constant = None if per_step is not None else _bilinear_map(self, self.Delta)
 
         def step(x, at):
             u_k, Delta_k, mask_k, reset_k = at
-            x = self._apply(constant or self._map(Delta_k), x, u_k, mask_k, reset_k)
+            x = _bilinear_step(self, constant or _bilinear_map(self, Delta_k), x, u_k, mask_k, reset_k)
             return x, (keep(x), self._observe(x, u_k))
 
         return jax.lax.scan(step, x0, (visible(u, mask), per_step, mask, reset))
@@ -143,7 +157,7 @@ class DPLRSystem(NamedTuple):
     def advance(self, x, u_k, mask=None, reset=None):
         "One step from a state x (H, N/2), with u_k (H,): state (H, N/2), output (H,)."
         u_k = visible(u_k, mask)
-        x = self._apply(self._map(self.Delta), x, u_k, mask, reset)
+        x = _bilinear_step(self, _bilinear_map(self, self.Delta), x, u_k, mask, reset)
         return x, self._observe(x, u_k)
 
     def whole(self, u, mask=None, reset=None):
@@ -153,22 +167,6 @@ class DPLRSystem(NamedTuple):
         K = jax.vmap(lambda *parts: kernel_dplr(*parts, len(u)))(self.Lambda, self.P, self.B, self.C, self.Delta)
         y = causal_convolution(u, K.T)
         return y if self.D is None else y + self.D * u
-
-    def _map(self, Delta):
-        "What a step of length Delta (H,) needs: half of it, G and the inverse of the r × r matrix."
-        half = Delta[:, None] / 2
-        G = 1 / (1 - half * self.Lambda)
-        inner = 2 * jnp.einsum("hrn,hn,hsn->hrs", self.P.conj(), G, self.P).real
-        return half, G, jnp.linalg.inv(jnp.eye(inner.shape[-1]) + half[..., None] * inner)
-
-    def _apply(self, step_map, x, u_k, mask, reset):
-        half, G, inverse = step_map
-        held = x if reset is None else jnp.where(reset, 0, x)
-        low_rank = lambda s: jnp.einsum("hrn,hr->hn", self.P, s)
-        seen = lambda x: 2 * jnp.einsum("hrn,hn->hr", self.P.conj(), x).real
-        b = held + half * (self.Lambda * held - low_rank(seen(held)) + 2 * self.B * u_k[:, None])
-        new = G * (b - half * low_rank(jnp.einsum("hrs,hs->hr", inverse, seen(G * b))))
-        return new if mask is None else jnp.where(mask, new, held)
 
     def _observe(self, x, u):
         y = 2 * jnp.sum(self.C.real * x.real - self.C.imag * x.imag, -1)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .contract import SSMLayer, check_choice, check_positive, impulse
+from .contract import SSMLayer, check_choice, check_positive, check_steps, impulse
 from .diagonal import DiagonalSystem, to_complex, to_pairs
 from .discretization import DISCRETIZATIONS, clip_poles, discretize_bilinear, discretize_zoh  # noqa: F401
 from .hippo import make_DPLR_HiPPO, make_HiPPO, make_NPLR_HiPPO  # noqa: F401
@@ -24,8 +24,7 @@ def log_step_initializer(
     dt_max: float = 0.1,  # longest step
 ):  # an initialiser (key, shape) → log of steps
     "Logarithms of steps, uniform between log dt_min and log dt_max (Gu et al. 2022, S4)."
-    if not 0 < dt_min <= dt_max:
-        raise ValueError(f"dt_min, dt_max are {dt_min}, {dt_max}; expected 0 < dt_min ≤ dt_max. Steps are drawn on a log scale.")
+    check_steps(dt_min, dt_max)
 
     def init(key, shape, dtype=jnp.float32):
         return jax.random.uniform(key, shape, dtype, np.log(dt_min), np.log(dt_max))
@@ -141,6 +140,21 @@ C_INITS = {
 }
 
 # %% ../nbs/20_s5.ipynb #993149b1
+def _initial_C(key, C_init, d_model, V):
+    init, (N, P) = C_INITS[C_init], V.shape
+    if C_init == "complex_normal":
+        return init(key, (d_model, P, 2))
+    return init_CV(init, key, (d_model, N, 2), jnp.asarray(V, jnp.complex64))
+
+
+def _output_matrices(layer, V):
+    "[C], or [C1, C2] when bidirectional; one C of shape (H, 2P, 2), as some checkpoints have it, is split."
+    if layer.bidirectional and layer.has_variable("params", "C"):
+        return jnp.split(layer.get_variable("params", "C"), 2, axis=1)
+    names = ("C1", "C2") if layer.bidirectional else ("C",)
+    return [layer.param(name, _initial_C, layer.C_init, layer.d_model, V) for name in names]
+
+# %% ../nbs/20_s5.ipynb #2cba8387
 class S5SSM(SSMLayer):
     """The S5 layer (Smith, Warrington & Linderman 2023): u (L, d_model) → y (L, d_model).
 
@@ -180,9 +194,7 @@ class S5SSM(SSMLayer):
         _check_blocks(self.d_hidden, self.blocks, self.conj_sym)
         check_choice("C_init", self.C_init, C_INITS)
         check_choice("discretization", self.discretization, DISCRETIZATIONS)
-        log_step_initializer(self.dt_min, self.dt_max)
-        if not self.step_rescale > 0:
-            raise ValueError(f"step_rescale is {self.step_rescale}; expected a positive factor.")
+        check_steps(self.dt_min, self.dt_max, self.step_rescale)
         super().__post_init__()
 
     def setup(self):
@@ -192,26 +204,13 @@ class S5SSM(SSMLayer):
         self.Lambda_im = self.param("Lambda_im", lambda _: jnp.asarray(Lambda.imag, jnp.float32))
         Vinv = jnp.asarray(V.conj().T, jnp.complex64)
         self.B = self.param("B", lambda key: init_VinvB(nn.initializers.lecun_normal(), key, shape, Vinv))
-        self.Cs = self._output_matrices(V)
+        self.Cs = _output_matrices(self, V)
         self.D = self.param("D", nn.initializers.normal(stddev=1.0), (self.d_model,))
         self.log_step = self.param("log_step", init_log_steps, (P, self.dt_min, self.dt_max))
 
-    def _output_matrices(self, V):
-        "[C], or [C1, C2] when bidirectional; one C of shape (H, 2P, 2), as some checkpoints have it, is split."
-        if self.bidirectional and self.has_variable("params", "C"):
-            return jnp.split(self.get_variable("params", "C"), 2, axis=1)
-        return [self.param(name, self._init_C, V) for name in (("C1", "C2") if self.bidirectional else ("C",))]
-
-    def _init_C(self, key, V):
-        init, (N, P) = C_INITS[self.C_init], V.shape
-        if self.C_init == "complex_normal":
-            return init(key, (self.d_model, P, 2))
-        return init_CV(init, key, (self.d_model, N, 2), jnp.asarray(V, jnp.complex64))
-
     def system(self, dt):
         Lambda_re = clip_poles(self.Lambda_re) if self.clip_eigs else self.Lambda_re
-        Delta = self.step_rescale * jnp.exp(self.log_step[:, 0])
-        Delta = Delta if dt is None else Delta * dt[..., None]
+        Delta = self.step_rescale * jnp.exp(self.log_step[:, 0]) * (1.0 if dt is None else dt[..., None])
         Lambda_bar, gamma = DISCRETIZATIONS[self.discretization](jax.lax.complex(Lambda_re, self.Lambda_im), Delta)
         Cs = [to_complex(C) * (2 if self.conj_sym else 1) for C in self.Cs]
         return DiagonalSystem(Lambda_bar, gamma, to_complex(self.B), Cs[0], self.D, Cs[1] if self.bidirectional else None)

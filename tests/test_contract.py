@@ -14,7 +14,7 @@ from ssm_lib.blocks import ACTIVATIONS, NORMS
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 SMALL = LAYERS["lru"][0]
-MODELS = {"1d": (BatchStackedSSMModel, 6, 1), "2d": (BatchStackedSSM2DModel, (3, 4), 1)}
+MODELS = {"1d": (BatchStackedSSMModel, 6, 1), "2d": (BatchStackedSSM2DModel, (3, 4), 2)}  # class, d_model, n_layers
 each_layer = pytest.mark.parametrize("name", LAYERS)
 GRIDS = [("1d", name) for name in LAYERS] + [("2d", name) for name in ("s5_zoh", "lru", "dss", "s4d_zoh", "s4")]  # a class each
 each_model = pytest.mark.parametrize("grid, name", GRIDS)
