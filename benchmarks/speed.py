@@ -17,13 +17,14 @@ from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ssm_lib import LRU, S5SSM, BatchStackedSSMModel, diagonal, linear_scan
+from ssm_lib import LRU, S5SSM, BatchStackedSSMModel, diagonal, linear_scan, scan
 from ssm_lib.diagonal import project, read_out, to_complex
 from ssm_lib.scan import SCAN_BACKENDS, binary_operator
 
@@ -58,7 +59,7 @@ class RealProducts(PublishedS5):
 
     def __call__(self, u, **_):
         system = self.system(None)
-        return system.observe(self.scan(system.Lambda_bar, system.gamma * system.drive(u)), u)
+        return system.observe(self.scan(system.Lambda_bar, system.drive(u)), u)
 
 
 LAYERS = {"published": PublishedS5, "ssm_lib": S5SSM, "products alone": ProductsAlone}
@@ -86,12 +87,11 @@ def programs(layer, B, L, H):
 
 
 def interleaved(calls, seconds, least=5):
-    "Times of each call in turn, for so many seconds and at least so many rounds."
-    for call in calls.values():
-        jax.block_until_ready(call())
+    "Times of each call in turn, for so many seconds and at least so many rounds; each follows itself, not what another left."
     times, end = {name: [] for name in calls}, time.perf_counter() + seconds
     while time.perf_counter() < end or len(next(iter(times.values()))) < least:
         for name, call in calls.items():
+            jax.block_until_ready(call())
             start = time.perf_counter()
             jax.block_until_ready(call())
             times[name].append(time.perf_counter() - start)
@@ -120,17 +120,25 @@ def ratio(row, kind, other="published"):
 
 
 def techniques(seconds):
-    "What each technique brings, one after the other, at one shape."
-    B, L, H, d_hidden = SHAPES[2]
+    "What each technique brings, one after the other, at two shapes."
     plain = lambda a, b: SCAN_BACKENDS["associative"](a, b, jnp.zeros_like(b[0]), False)  # differentiated by JAX
-    own = lambda backend: partial(linear_scan, backend=backend)
-    scans = {"real products": plain, "the scan's own derivative": own("associative"), "a loop for the tree": own("sequential")}
-    layers = {"as published": PublishedS5(H, d_hidden, blocks=8)}
-    layers |= {name: RealProducts(H, d_hidden, blocks=8, scan=scan) for name, scan in scans.items()}
-    layers["in chunks"] = S5SSM(H, d_hidden, blocks=8)
-    made = {name: programs(layer, B, L, H) for name, layer in layers.items()}
-    times = {kind: interleaved({name: calls[kind] for name, (calls, _) in made.items()}, seconds) for kind in ("forward", "gradient")}
-    return {"shape": SHAPES[2], "memory": {name: memory["gradient"] for name, (_, memory) in made.items()}, **times}
+    tree, loop = (partial(linear_scan, backend=backend) for backend in ("associative", "sequential"))
+    published, chosen, ours = (partial(cls, blocks=8) for cls in (PublishedS5, RealProducts, S5SSM))
+    steps = {
+        "as published": published, "real products": partial(chosen, scan=plain), "the scan's own derivative": partial(chosen, scan=tree),
+        "a loop for the tree": partial(chosen, scan=loop), "in chunks": ours, "lanes in long chunks": ours,
+    }  # fmt: skip
+    rows = []
+    for B, L, H, d_hidden in SHAPES[2:]:
+        made = {}
+        for name, layer in steps.items():
+            pick = (lambda *_: "sequential") if name == "in chunks" else scan._pick
+            with mock.patch.object(scan, "_pick", pick):
+                made[name] = programs(layer(H, d_hidden), B, L, H)
+        memory = {name: planned["gradient"] for name, (_, planned) in made.items()}
+        times = {kind: interleaved({name: calls[kind] for name, (calls, _) in made.items()}, seconds) for kind in ("forward", "gradient")}
+        rows.append({"shape": [B, L, H, d_hidden], "memory": memory, **times})
+    return rows
 
 
 def over_length(lengths, seconds):
@@ -146,7 +154,7 @@ def over_length(lengths, seconds):
 def scan_backends(seconds):
     "The bare recurrence and its gradient over lengths and numbers of poles: where one backend passes another."
     rng, rows = np.random.default_rng(0), []
-    for L, P in ((1024, 1), (1024, 64), (8192, 64), (131_072, 1), (131_072, 16)):
+    for L, P in ((1024, 1), (1024, 32), (2048, 32), (8192, 32), (8192, 128), (131_072, 1), (131_072, 16)):
         poles = jnp.asarray(0.99 * np.exp(1j * rng.uniform(0, 3, P)), jnp.complex64)
         Bu = jnp.asarray(rng.normal(size=(L, P)) + 1j * rng.normal(size=(L, P)), jnp.complex64)
         row = {"shape": [L, P]}
@@ -163,14 +171,15 @@ def scan_backends(seconds):
 
 def chunk_sizes(seconds):
     "Gradient with chunks of other sizes than the library's own choice."
-    rows, own = [], diagonal.chunk_steps
-    for B, L, H, d_hidden in SHAPES[1:3]:
+    rows = []
+    for B, L, H, d_hidden in SHAPES:
         calls, memory = {}, {}
-        for size in (64, 128, 256, 512, 1024, L):
-            diagonal.chunk_steps = lambda P, size=size: size
-            made, planned = programs(S5SSM(H, d_hidden, blocks=8), B, L, H)
+        for size in (128, 256, 512, 1024, 2048, 4096):
+            if size > L:
+                break
+            with mock.patch.object(diagonal, "chunk_steps", lambda *_, size=size: size):
+                made, planned = programs(S5SSM(H, d_hidden, blocks=8), B, L, H)
             calls[size], memory[size] = made["gradient"], planned["gradient"]
-        diagonal.chunk_steps = own
         times = interleaved(calls, seconds)
         rows += [{"shape": [B, L, H, d_hidden], "size": size, "time": times[size], "memory": memory[size]} for size in calls]
     return rows
@@ -300,7 +309,7 @@ def tables(r):
     scan = [[shape(row), kind, *(ms(row[kind][n]) for n in scans)] for row in r["scan"] for kind in ("forward", "gradient")]
     chunks = [[shape(row), row["size"], ms(row["time"]), f"{row['memory'] / 1e6:.1f}"] for row in r["chunk sizes"]]
     made = {
-        "against published": published_table(r["against published"]), "techniques": named_table(r["techniques"]),
+        "against published": published_table(r["against published"]), "techniques": "\n\n".join(map(named_table, r["techniques"])),
         "over length": length_table(r["over length"]), "scan": table(["L, P", "ms", *scans], scan),
         "chunk sizes": table(["B, L, H, d_hidden", "steps in a chunk", "gradient ms", "memory MB"], chunks),
     }  # fmt: skip
@@ -334,12 +343,12 @@ def main():
     result = {"machine": machine()}
     print("against the published formulation", flush=True)
     result["against published"] = against_published(seconds)
-    result["techniques"] = techniques(seconds)
+    result["techniques"] = techniques(seconds / 2)
     print("over length", flush=True)
     result["over length"] = over_length(lengths, seconds / 2)
     print("scans, chunks, peers", flush=True)
     result["scan"] = scan_backends(seconds / 5)
-    result["chunk sizes"] = chunk_sizes(seconds)
+    result["chunk sizes"] = chunk_sizes(seconds / 4)
     result["peers"] = against_peers(seconds)
     print("compile time", flush=True)
     result["compile"] = compile_times(1 if args.quick else 3)

@@ -20,9 +20,7 @@ def project(
     u: jax.Array,  # (..., H) real
 ) -> jax.Array:  # (..., P) complex
     "B u for a real u, as one real matrix product."
-    P = B.shape[0]
-    Bu = u @ jnp.concatenate([B.real, B.imag]).T
-    return jax.lax.complex(Bu[..., :P], Bu[..., P:])
+    return jax.lax.complex(*jnp.split(u @ jnp.concatenate([B.real, B.imag]).T, 2, axis=-1))
 
 
 def read_out(
@@ -47,14 +45,14 @@ def to_complex(
     return jax.lax.complex(pairs[..., 0], pairs[..., 1])
 
 # %% ../nbs/03_diagonal.ipynb #7bae0cfe
-def _gate(Lambda_bar, gamma, mask, reset):
-    "Fold mask and reset into the one-step map; time, if any, is the leading axis."
+def _gate(Lambda_bar, Bu, mask, reset):
+    "Fold mask and reset into the poles and inputs of the steps; time, if any, is the leading axis."
     if mask is not None:
         Lambda_bar = jnp.where(mask[..., None], Lambda_bar, 1)
-        gamma = jnp.where(mask[..., None], gamma, 0)
+        Bu = jnp.where(mask[..., None], Bu, 0)
     if reset is not None:
         Lambda_bar = jnp.where(reset[..., None], 0, Lambda_bar)
-    return Lambda_bar, gamma
+    return Lambda_bar, Bu
 
 
 def visible(
@@ -65,11 +63,13 @@ def visible(
     return u if mask is None else jnp.where(mask.reshape(mask.shape + (1,) * (u.ndim - mask.ndim)), u, 0)
 
 # %% ../nbs/03_diagonal.ipynb #814aaf68
-def chunk_steps(P):
+def chunk_steps(L, P):
     "Steps to run at once with P poles: a chunk of states stays in the cache of a CPU, its products fill the cores."
     if jax.default_backend() != "cpu":
         return 4096  # an accelerator needs more to do at once; not measured yet
-    return 512 if P <= 32 else 256
+    if L >= 2**14:  # where sequences are long, batches are small
+        return min(2048, max(256, 1 << (2**17 // P).bit_length() - 1))
+    return 1024 if P <= 32 else 256
 
 # %% ../nbs/03_diagonal.ipynb #7799cafc
 class DiagonalSystem(NamedTuple):
@@ -86,9 +86,13 @@ class DiagonalSystem(NamedTuple):
         "(P,)"
         return jnp.zeros(self.Lambda_bar.shape[-1:], self.Lambda_bar.dtype)
 
+    spread = staticmethod(project)  # how the input reaches the poles: (P, H), (..., H) → (..., P)
+
     def drive(self, u):
-        "What the input adds to the poles, before their gain: (..., H) → (..., P)."
-        return project(self.B, u)
+        "What a stretch u (L, H) adds to the poles, (L, P): a constant gain joins B, one of each step comes after."
+        if self.gamma.ndim > 1:
+            return self.gamma * self.spread(self.B, u)
+        return self.spread(self.gamma.reshape(len(self.B), -1) * self.B, u)
 
     def observe(self, x, u):
         "The outputs of a state: (..., P), (..., H) → (..., H)."
@@ -98,8 +102,8 @@ class DiagonalSystem(NamedTuple):
     def states(self, u, x0=None, mask=None, reset=None, reverse=False):
         "A stretch u (L, H) from a state (None is zero), in one scan: states (L, P), outputs (L, H)."
         u = visible(u, mask)
-        Lambda_bar, gamma = _gate(self.Lambda_bar, self.gamma, mask, reset)
-        x = linear_scan(Lambda_bar, gamma * self.drive(u), x0, reverse=reverse)
+        Lambda_bar, Bu = _gate(self.Lambda_bar, self.drive(u), mask, reset)
+        x = linear_scan(Lambda_bar, Bu, x0, reverse=reverse)
         return x, self.observe(x, u)
 
     def run(self, u, x0=None, mask=None, reset=None, reverse=False):
@@ -114,13 +118,13 @@ class DiagonalSystem(NamedTuple):
 
         poles = (self.Lambda_bar, self.gamma) if varies else (None, None)
         x0 = self.zero_state() if x0 is None else x0
-        return scan_in_chunks(piece, x0, (u, *poles, mask, reset), chunk_steps(self.Lambda_bar.shape[-1]), reverse)
+        return scan_in_chunks(piece, x0, (u, *poles, mask, reset), chunk_steps(len(u), x0.size), reverse)
 
     def advance(self, x, u_k, mask=None, reset=None):
         "One step from a state x (P,), with u_k (H,): state (P,), output (H,)."
         u_k = visible(u_k, mask)
-        Lambda_bar, gamma = _gate(self.Lambda_bar, self.gamma, mask, reset)
-        x = Lambda_bar * x + gamma * self.drive(u_k)
+        Lambda_bar, Bu = _gate(self.Lambda_bar, self.gamma * self.spread(self.B, u_k), mask, reset)
+        x = Lambda_bar * x + Bu
         return x, self.observe(x, u_k)
 
     def whole(self, u, mask=None, reset=None):
@@ -135,10 +139,11 @@ class DiagonalSystem(NamedTuple):
 class DiagonalBank(DiagonalSystem):
     "H separate systems of N/2 poles each; B, C (H, N/2), poles and gains flattened to P = H·N/2."
 
-    def drive(self, u):
+    @staticmethod
+    def spread(B, u):
         "(..., H) → (..., H·N/2)"
-        Bu = jax.lax.complex(u[..., None] * self.B.real, u[..., None] * self.B.imag)
-        return Bu.reshape(*u.shape[:-1], self.B.size)
+        Bu = jax.lax.complex(u[..., None] * B.real, u[..., None] * B.imag)
+        return Bu.reshape(*u.shape[:-1], B.size)
 
     def observe(self, x, u):
         "(..., H·N/2), (..., H) → (..., H)"

@@ -52,28 +52,30 @@ def _associative(a, b, x0, reverse):
 def _chunked(a, b, x0, reverse):
     "About √L chunks side by side, each from zero; then the states between chunks, and what these add inside."
     per_step, (L, P) = a.ndim == b.ndim, b.shape
-    size = math.isqrt(L)
+    size = 1 << math.ceil(math.log2(L) / 2)  # a power of two, so that lengths that are one need no padding
     n = -(-L // size)
-    flip = (lambda z: z[::-1]) if reverse else (lambda z: z)
-    lanes = lambda z: jnp.swapaxes(jnp.pad(flip(z), ((0, n * size - L), (0, 0))).reshape(n, size, P), 0, 1)  # (size, n, P)
+    rest = n * size - L
+    pad = ((rest, 0) if reverse else (0, rest), (0, 0))
+    lanes = lambda z: jnp.swapaxes(jnp.pad(z, pad).reshape(n, size, P), 0, 1)  # (size, n, P)
     b, poles = lanes(b), lanes(a) if per_step else jnp.broadcast_to(a, (size, 1, P))
-    inside = _sequential(poles if per_step else a, b, jnp.zeros_like(b[0]), False)
-    powers = _sequential(poles, jnp.zeros_like(poles), jnp.ones_like(poles[0]), False)  # a tree of products would round more
-    last = jnp.broadcast_to(powers[-1], (n, P))
-    ends = _sequential(last, inside[-1], x0, False)
-    before = jnp.concatenate([x0[None], ends[:-1]])
-    return flip(jnp.swapaxes(inside + powers * before, 0, 1).reshape(n * size, P)[:L])
-
-
+    inside = _sequential(poles if per_step else a, b, jnp.zeros_like(b[0]), reverse)
+    powers = _sequential(poles, jnp.zeros_like(poles), jnp.ones_like(poles[0]), reverse)  # a tree of products would round more
+    end = 0 if reverse else -1
+    ends = _sequential(jnp.broadcast_to(powers[end], (n, P)), inside[end], x0, reverse)
+    before = jnp.concatenate([ends[1:], x0[None]] if reverse else [x0[None], ends[:-1]])
+    x = jnp.swapaxes(inside + powers * before, 0, 1).reshape(n * size, P)
+    return x[rest:] if reverse else x[:L]
 
 # %% ../nbs/01_scan.ipynb #c40cfb96
 SCAN_BACKENDS = {"sequential": _sequential, "associative": _associative, "chunked": _chunked}
 
 
-def _pick(backend):
-    "Resolve 'auto' from the platform that this trace is for."
+def _pick(backend, per_step, L, P):
+    "Resolve 'auto': by platform, and on a CPU by what was measured there."
+    if backend == "auto" and jax.default_backend() == "cpu":
+        return "chunked" if not per_step and 16 < P <= 64 and 2048 <= L <= 16384 else "sequential"
     if backend == "auto":
-        return "sequential" if jax.default_backend() == "cpu" else "associative"
+        return "associative"
     if backend not in SCAN_BACKENDS:
         raise ValueError(f"backend is {backend!r}; expected one of {['auto', *SCAN_BACKENDS]}.")
     return backend
@@ -111,7 +113,7 @@ def linear_scan(
     x0: jax.Array | None = None,  # (P,) state before the first step (after the last one if reverse); None is zero
     *,
     reverse: bool = False,  # run from the last step to the first
-    backend: str = "auto",  # "sequential", "associative", "chunked", or "auto": by platform
+    backend: str = "auto",  # "sequential", "associative", "chunked", or "auto": by platform and shape
 ) -> jax.Array:  # (L, P) the state after each step
     """All states of x_k = Lambda_bar_k ⊙ x_{k−1} + Bu_k.
 
@@ -121,7 +123,7 @@ def linear_scan(
     Lambda_bar, Bu = jnp.asarray(Lambda_bar), jnp.asarray(Bu)
     x0 = None if x0 is None else jnp.asarray(x0)
     _check_scan(Lambda_bar, Bu, x0)
-    backend = _pick(backend)
+    backend = _pick(backend, Lambda_bar.ndim == Bu.ndim, *Bu.shape)
     dtype = jnp.result_type(Lambda_bar, Bu) if x0 is None else jnp.result_type(Lambda_bar, Bu, x0)
     x0 = jnp.zeros(Bu.shape[1:], dtype) if x0 is None else x0.astype(dtype)
     if Bu.shape[0] == 0:

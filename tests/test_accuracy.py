@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sweep import KEY, enable_x64, noise
 
-from ssm_lib import DSS, LRU, S4, S4D, S5SSM, LRUDynamics, linear_scan
+from ssm_lib import DSS, LRU, S4, S4D, S5SSM, LRUDynamics, linear_scan, scan
 from ssm_lib.discretization import DISCRETIZATIONS, clip_poles
 from ssm_lib.scan import SCAN_BACKENDS
 
@@ -24,6 +24,23 @@ def test_a_million_steps(backend):
         exact = np.asarray(linear_scan(poles.astype(jnp.complex128), Bu.astype(jnp.complex128), backend="sequential"))
     assert np.isfinite(got).all()
     assert np.all(np.abs(got - exact).max(0) < 2e-3 * np.abs(exact).max(0))
+
+
+def test_a_long_layer(monkeypatch):
+    "Both directions, in the chunks and by the scan of long sequences: values and gradients against a plain double precision loop."
+    L, layer = 2**14 + 5, S5SSM(4, 64, blocks=4, bidirectional=True)
+    u, w = noise(L, 4), noise(L, 4, seed=1)
+    v = jax.jit(layer.init)(KEY, u[:9])
+    run = lambda v, u: jax.value_and_grad(lambda v, u: (jnp.mean(w * layer.apply(v, u)), layer.apply(v, u)), (0, 1), has_aux=True)(v, u)
+    picked = []
+    monkeypatch.setattr(scan, "_pick", lambda *shape, own=scan._pick: picked.append(own(*shape)) or picked[-1])
+    (_, y), grads = jax.jit(run)(v, u)
+    assert "chunked" in picked
+    monkeypatch.setattr(scan, "_pick", lambda *_: "sequential")
+    with enable_x64(True):
+        (_, exact), slopes = jax.jit(run)(*jax.tree.map(lambda p: jnp.asarray(p, jnp.float64), (v, u)))
+    for got, want in zip(jax.tree.leaves((y, grads)), jax.tree.leaves((exact, slopes))):
+        np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())
 
 
 def exact_step(rule, z, Delta):

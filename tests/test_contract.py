@@ -45,7 +45,7 @@ def test_layer_pieces_and_steps(name):
 @pytest.mark.parametrize("name", ("s5_zoh", "lru"))
 @pytest.mark.parametrize("backend", [name for name in scan.SCAN_BACKENDS if name != "sequential"])
 def test_laws_hold_for_the_other_scans(name, backend, monkeypatch):
-    monkeypatch.setattr(scan, "_pick", lambda _: backend)
+    monkeypatch.setattr(scan, "_pick", lambda *_: backend)
     test_layer_pieces_and_steps(name)
     test_layer_times(name)
 

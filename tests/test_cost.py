@@ -30,7 +30,7 @@ def test_memory_of_the_gradient(B, L, H, d_hidden):
 @pytest.mark.parametrize("name", ("s5_zoh", "s5_bilinear", "s5_both", "lru"))
 def test_no_state_of_a_whole_sequence(name):
     "Neither forward nor in the gradient is there a complex array with an axis of the length of the sequence."
-    chunk = chunk_steps(16)
+    chunk = chunk_steps(0, 16)
     L = 8 * chunk + 3
     layer = (LAYERS | WHOLE_ONLY)[name][0](d_model=5)
     v = jax.jit(layer.init)(KEY, noise(8, 5))

@@ -72,7 +72,7 @@ def test_layer(path, backend, monkeypatch, request):
     """
     if backend != "sequential":
         request.getfixturevalue("quick_compilation")
-    monkeypatch.setattr(scan, "_pick", lambda _: backend)
+    monkeypatch.setattr(scan, "_pick", lambda *_: backend)
     data = load(path)
     layer = LAYERS[path.stem.split("_")[0]](**{key: value.item() for key, value in group(data, "config/").items()})
     shapes = jax.tree.map(jnp.shape, layer.init(jax.random.PRNGKey(0), data["u"])["params"])
