@@ -26,6 +26,7 @@ def test_a_million_steps(backend):
     assert np.all(np.abs(got - exact).max(0) < 2e-3 * np.abs(exact).max(0))
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_a_long_layer(monkeypatch):
     "Both directions, in the chunks and by the scan of long sequences: values and gradients against a plain double precision loop."
     L, layer = 2**14 + 5, S5SSM(4, 64, blocks=4, bidirectional=True)
