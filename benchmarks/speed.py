@@ -59,7 +59,7 @@ class RealProducts(PublishedS5):
 
     def __call__(self, u, **_):
         system = self.system(None)
-        return system.observe(self.scan(system.Lambda_bar, system.drive(u)), u)
+        return system.observe(self.scan(system.Lambda_bar, project(system.gamma[:, None] * system.B, u)), u)
 
 
 LAYERS = {"published": PublishedS5, "ssm_lib": S5SSM, "products alone": ProductsAlone}
@@ -306,11 +306,11 @@ def length_table(rows):
 def tables(r):
     "Every table of the results, by name, in Markdown."
     scans = list(r["scan"][0]["forward"])
-    scan = [[shape(row), kind, *(ms(row[kind][n]) for n in scans)] for row in r["scan"] for kind in ("forward", "gradient")]
+    bare = [[shape(row), kind, *(ms(row[kind][n]) for n in scans)] for row in r["scan"] for kind in ("forward", "gradient")]
     chunks = [[shape(row), row["size"], ms(row["time"]), f"{row['memory'] / 1e6:.1f}"] for row in r["chunk sizes"]]
     made = {
         "against published": published_table(r["against published"]), "techniques": "\n\n".join(map(named_table, r["techniques"])),
-        "over length": length_table(r["over length"]), "scan": table(["L, P", "ms", *scans], scan),
+        "over length": length_table(r["over length"]), "scan": table(["L, P", "ms", *scans], bare),
         "chunk sizes": table(["B, L, H, d_hidden", "steps in a chunk", "gradient ms", "memory MB"], chunks),
     }  # fmt: skip
     return made | ({"peers": named_table(r["peers"])} if r["peers"] else {})

@@ -45,6 +45,13 @@ def to_complex(
     return jax.lax.complex(pairs[..., 0], pairs[..., 1])
 
 # %% ../nbs/03_diagonal.ipynb #7bae0cfe
+def _drive(system, u):
+    "What a stretch u (L, H) adds to the poles, (L, P): a constant gain joins B, one of each step comes after."
+    if system.gamma.ndim > 1:
+        return system.gamma * system.spread(system.B, u)
+    return system.spread(system.gamma.reshape(len(system.B), -1) * system.B, u)
+
+
 def _gate(Lambda_bar, Bu, mask, reset):
     "Fold mask and reset into the poles and inputs of the steps; time, if any, is the leading axis."
     if mask is not None:
@@ -88,12 +95,6 @@ class DiagonalSystem(NamedTuple):
 
     spread = staticmethod(project)  # how the input reaches the poles: (P, H), (..., H) → (..., P)
 
-    def drive(self, u):
-        "What a stretch u (L, H) adds to the poles, (L, P): a constant gain joins B, one of each step comes after."
-        if self.gamma.ndim > 1:
-            return self.gamma * self.spread(self.B, u)
-        return self.spread(self.gamma.reshape(len(self.B), -1) * self.B, u)
-
     def observe(self, x, u):
         "The outputs of a state: (..., P), (..., H) → (..., H)."
         y = read_out(self.C, x)
@@ -102,7 +103,7 @@ class DiagonalSystem(NamedTuple):
     def states(self, u, x0=None, mask=None, reset=None, reverse=False):
         "A stretch u (L, H) from a state (None is zero), in one scan: states (L, P), outputs (L, H)."
         u = visible(u, mask)
-        Lambda_bar, Bu = _gate(self.Lambda_bar, self.drive(u), mask, reset)
+        Lambda_bar, Bu = _gate(self.Lambda_bar, _drive(self, u), mask, reset)
         x = linear_scan(Lambda_bar, Bu, x0, reverse=reverse)
         return x, self.observe(x, u)
 

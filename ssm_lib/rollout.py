@@ -169,7 +169,7 @@ def rollout_stream(
     dt = None if dt is None else jnp.asarray(dt)
     return _pieces(_inference(model), variables, history, n_steps, chunk, carry, dt)
 
-
+# %% ../nbs/40_rollout.ipynb #8c444c7c
 def write_rollout(
     out,  # (B, n_steps, *space, C) anything that takes out[:, a:b] = frames: NumPy array, np.memmap, zarr array
     model: nn.Module,  # as in `rollout_stream`, like the other arguments
