@@ -121,19 +121,21 @@ def ratio(row, kind, other="published"):
 
 def techniques(seconds):
     "What each technique brings, one after the other, at two shapes."
-    plain = lambda a, b: SCAN_BACKENDS["associative"](a, b, jnp.zeros_like(b[0]), False)  # differentiated by JAX
+    plain = lambda a, b: SCAN_BACKENDS["associative"](a, b, jnp.zeros_like(b[0]), False, None)  # differentiated by JAX
     tree, loop = (partial(linear_scan, backend=backend) for backend in ("associative", "sequential"))
     published, chosen, ours = (partial(cls, blocks=8) for cls in (PublishedS5, RealProducts, S5SSM))
     steps = {
         "as published": published, "real products": partial(chosen, scan=plain), "the scan's own derivative": partial(chosen, scan=tree),
-        "a loop for the tree": partial(chosen, scan=loop), "in chunks": ours, "lanes in long chunks": ours,
+        "a loop for the tree": partial(chosen, scan=loop), "values in place": partial(chosen, scan=loop), "in chunks": ours,
+        "lanes in long chunks": ours,
     }  # fmt: skip
     rows = []
     for B, L, H, d_hidden in SHAPES[2:]:
         made = {}
         for name, layer in steps.items():
             pick = (lambda *_: "sequential") if name == "in chunks" else scan._pick
-            with mock.patch.object(scan, "_pick", pick):
+            values = scan._transposable if name == "a loop for the tree" else scan._in_place
+            with mock.patch.object(scan, "_pick", pick), mock.patch.object(scan, "_in_place", values):
                 made[name] = programs(layer(H, d_hidden), B, L, H)
         memory = {name: planned["gradient"] for name, (_, planned) in made.items()}
         times = {kind: interleaved({name: calls[kind] for name, (calls, _) in made.items()}, seconds) for kind in ("forward", "gradient")}
@@ -154,7 +156,7 @@ def over_length(lengths, seconds):
 def scan_backends(seconds):
     "The bare recurrence and its gradient over lengths and numbers of poles: where one backend passes another."
     rng, rows = np.random.default_rng(0), []
-    for L, P in ((1024, 1), (1024, 32), (2048, 32), (8192, 32), (8192, 128), (131_072, 1), (131_072, 16)):
+    for L, P in ((1024, 8), (1024, 32), (4096, 16), (8192, 32), (8192, 128), (131_072, 1), (131_072, 16)):
         poles = jnp.asarray(0.99 * np.exp(1j * rng.uniform(0, 3, P)), jnp.complex64)
         Bu = jnp.asarray(rng.normal(size=(L, P)) + 1j * rng.normal(size=(L, P)), jnp.complex64)
         row = {"shape": [L, P]}

@@ -71,12 +71,11 @@ def visible(
 
 # %% ../nbs/03_diagonal.ipynb #814aaf68
 def chunk_steps(L, P):
-    "Steps to run at once with P poles: a chunk of states stays in the cache of a CPU, its products fill the cores."
+    "Steps to run at once with P poles: products that fill the cores of a CPU, states that stay in its cache."
     if jax.default_backend() != "cpu":
         return 4096  # an accelerator needs more to do at once; not measured yet
-    if L >= 2**14:  # where sequences are long, batches are small
-        return min(2048, max(256, 1 << (2**17 // P).bit_length() - 1))
-    return 1024 if P <= 32 else 256
+    steps = min(max(L // 8, 2**15 // P), 2**17 // P)  # where sequences are long, batches are small
+    return 1 << min(max(steps, 256), 4096).bit_length() - 1
 
 # %% ../nbs/03_diagonal.ipynb #7799cafc
 class DiagonalSystem(NamedTuple):

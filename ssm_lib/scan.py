@@ -23,47 +23,63 @@ def binary_operator(
     return A_j * A_i, A_j * Bu_i + Bu_j
 
 # %% ../nbs/01_scan.ipynb #e4354f8b
-@partial(jax.jit, static_argnums=3)
-def _sequential(a, b, x0, reverse):
-    "One step after the other."
-    per_step = a.ndim == b.ndim
+def _in_place(a, b, x0, reverse, axis=0):
+    "One step after the other along an axis; each state is written where its input was."
+    L, per_step = b.shape[axis], a.ndim == b.ndim
+    at = lambda z, k: jax.lax.dynamic_index_in_dim(z, k, axis, keepdims=False)
+
+    def step(k, carry):
+        x, b = carry
+        k = L - 1 - k if reverse else k
+        x = (at(a, k) if per_step else a) * x + at(b, k)
+        return x, jax.lax.dynamic_update_index_in_dim(b, x, k, axis)
+
+    return jax.lax.fori_loop(0, L, step, (x0, b))[1]
+
+
+def _transposable(a, b, x0, reverse, axis=0):
+    "The same in a form whose derivative is as cheap: the axis is moved to the front, states and inputs are apart."
+    a, b, per_step = jnp.moveaxis(a, axis, 0) if a.ndim == b.ndim else a, jnp.moveaxis(b, axis, 0), a.ndim == b.ndim
 
     def step(x, inputs):
         a_k, b_k = inputs if per_step else (a, inputs)
         x = a_k * x + b_k
         return x, x
 
-    return jax.lax.scan(step, x0, (a, b) if per_step else b, reverse=reverse)[1]
-
-
+    return jnp.moveaxis(jax.lax.scan(step, x0, (a, b) if per_step else b, reverse=reverse)[1], 0, axis)
 
 # %% ../nbs/01_scan.ipynb #d631dd71
-@partial(jax.jit, static_argnums=3)
-def _associative(a, b, x0, reverse):
-    "A parallel tree; the start state joins as part of the first input."
+@partial(jax.jit, static_argnums=(3, 4))
+def _sequential(a, b, x0, reverse, loop):
+    "One step after the other."
+    return loop(a, b, x0, reverse)
+
+
+@partial(jax.jit, static_argnums=(3, 4))
+def _associative(a, b, x0, reverse, loop):
+    "A parallel tree, without a loop; the start state joins as part of the first input."
     first = -1 if reverse else 0
     b = b.at[first].add((a[first] if a.ndim == b.ndim else a) * x0)
     return jax.lax.associative_scan(binary_operator, (jnp.broadcast_to(a, b.shape), b), reverse=reverse)[1]
 
-
-
 # %% ../nbs/01_scan.ipynb #f7cc7b76
-@partial(jax.jit, static_argnums=3)
-def _chunked(a, b, x0, reverse):
+@partial(jax.jit, static_argnums=(3, 4))
+def _chunked(a, b, x0, reverse, loop):
     "About √L chunks side by side, each from zero; then the states between chunks, and what these add inside."
     per_step, (L, P) = a.ndim == b.ndim, b.shape
     size = 1 << math.ceil(math.log2(L) / 2)  # a power of two, so that lengths that are one need no padding
     n = -(-L // size)
     rest = n * size - L
     pad = ((rest, 0) if reverse else (0, rest), (0, 0))
-    lanes = lambda z: jnp.swapaxes(jnp.pad(z, pad).reshape(n, size, P), 0, 1)  # (size, n, P)
-    b, poles = lanes(b), lanes(a) if per_step else jnp.broadcast_to(a, (size, 1, P))
-    inside = _sequential(poles if per_step else a, b, jnp.zeros_like(b[0]), reverse)
-    powers = _sequential(poles, jnp.zeros_like(poles), jnp.ones_like(poles[0]), reverse)  # a tree of products would round more
+    cut = lambda z: jnp.pad(z, pad).reshape(n, size, P)
+    a, b, axis = cut(a) if per_step else a, cut(b), int(per_step)
+    inside = loop(a, b, jnp.zeros((n, P), b.dtype), reverse, 1)
+    still = jnp.zeros_like(a) if per_step else jnp.zeros((size, P), b.dtype)
+    powers = loop(a, still, jnp.ones_like(a[..., 0, :] if per_step else a), reverse, axis)  # a tree of products would round more
     end = 0 if reverse else -1
-    ends = _sequential(jnp.broadcast_to(powers[end], (n, P)), inside[end], x0, reverse)
+    ends = loop(powers[..., end, :], inside[:, end], x0, reverse)
     before = jnp.concatenate([ends[1:], x0[None]] if reverse else [x0[None], ends[:-1]])
-    x = jnp.swapaxes(inside + powers * before, 0, 1).reshape(n * size, P)
+    x = (inside + powers * before[:, None]).reshape(n * size, P)
     return x[rest:] if reverse else x[:L]
 
 # %% ../nbs/01_scan.ipynb #c40cfb96
@@ -73,7 +89,7 @@ SCAN_BACKENDS = {"sequential": _sequential, "associative": _associative, "chunke
 def _pick(backend, per_step, L, P):
     "Resolve 'auto': by platform, and on a CPU by what was measured there."
     if backend == "auto" and jax.default_backend() == "cpu":
-        return "chunked" if not per_step and 16 < P <= 64 and 2048 <= L <= 16384 else "sequential"
+        return "chunked" if not per_step and 16 <= P <= 64 and 1024 <= L <= 16384 else "sequential"
     if backend == "auto":
         return "associative"
     if backend not in SCAN_BACKENDS:
@@ -83,7 +99,7 @@ def _pick(backend, per_step, L, P):
 # %% ../nbs/01_scan.ipynb #ef8202df
 @partial(jax.custom_jvp, nondiff_argnums=(3, 4))
 def _scan(a, b, x0, reverse, backend):
-    return SCAN_BACKENDS[backend](a, b, x0, reverse)
+    return SCAN_BACKENDS[backend](a, b, x0, reverse, _in_place)
 
 
 @_scan.defjvp
@@ -93,7 +109,7 @@ def _scan_jvp(reverse, backend, primals, tangents):
     xs = _scan(a, b, x0, reverse, backend)
     before = jnp.concatenate([xs[1:], x0[None]] if reverse else [x0[None], xs[:-1]])
     # Linear in (b, x0), so its derivative is itself; asked of JAX, it comes in a form that every version can transpose.
-    linear = lambda b, x0: SCAN_BACKENDS[backend](a, b, x0, reverse)
+    linear = lambda b, x0: SCAN_BACKENDS[backend](a, b, x0, reverse, _transposable)
     zero = jnp.zeros_like(b), jnp.zeros_like(x0)
     return xs, jax.jvp(linear, zero, (da * before + db, dx0))[1]
 
