@@ -1,7 +1,7 @@
 """How fast, and how small: S5 here against its published formulation.
 
     python benchmarks/speed.py            # under ten minutes on two cores
-    python benchmarks/speed.py --quick    # a look, in one
+    python benchmarks/speed.py --quick    # a look, in six
 
 The published formulation (complex promotion, `associative_scan` over (pole, input) pairs, autodiff through it) is written
 here from its equations, on the same parameters, and must give the same numbers before anything is timed. Candidates run
@@ -29,6 +29,7 @@ from ssm_lib.diagonal import project, read_out, to_complex
 from ssm_lib.scan import SCAN_BACKENDS, binary_operator
 
 SHAPES = ((8, 1024, 64, 64), (8, 1024, 128, 256), (4, 8192, 64, 64), (1, 65536, 64, 64))  # B, L, H, d_hidden
+KINDS = "forward", "gradient"
 
 
 class PublishedS5(S5SSM):
@@ -86,31 +87,48 @@ def programs(layer, B, L, H):
     return compiled(layer.apply, jax.jit(layer.init)(jax.random.PRNGKey(0), u[0]), u, w)
 
 
-def interleaved(calls, seconds, least=5):
-    "Times of each call in turn, for so many seconds and at least so many rounds; each follows itself, not what another left."
-    times, end = {name: [] for name in calls}, time.perf_counter() + seconds
-    while time.perf_counter() < end or len(next(iter(times.values()))) < least:
-        for name, call in calls.items():
-            jax.block_until_ready(call())
-            start = time.perf_counter()
-            jax.block_until_ready(call())
-            times[name].append(time.perf_counter() - start)
-    return {name: [float(q) for q in np.quantile(t, (0.25, 0.5, 0.75))] for name, t in times.items()}
+def interleaved(groups, seconds, turns=4):
+    """Quartiles of times, for so many seconds in each group {name: call}: {group: {name: quartiles}}.
+
+    The calls of a group alternate; each follows itself, not what another left. A group comes back for several turns,
+    so that a bad stretch of a shared machine falls on a part of every group and not on all of one.
+    """
+    times = {key: {name: [] for name in calls} for key, calls in groups.items()}
+    for _ in range(turns):
+        for key, calls in groups.items():
+            end, rounds = time.perf_counter() + seconds / turns, 0
+            while not rounds or time.perf_counter() < end:
+                for name, call in calls.items():
+                    jax.block_until_ready(call())
+                    start = time.perf_counter()
+                    jax.block_until_ready(call())
+                    times[key][name].append(time.perf_counter() - start)
+                rounds += 1
+    quartiles = lambda t: [float(q) for q in np.quantile(t, (0.25, 0.5, 0.75))]
+    return {key: {name: quartiles(t) for name, t in group.items()} for key, group in times.items()}
+
+
+def timed_rows(made, seconds):
+    "A row {shape, forward, gradient} for each shape of {shape: {name: programs}}."
+    groups = {(at, kind): {name: calls[kind] for name, calls in by_name.items()} for at, by_name in made.items() for kind in KINDS}
+    times = interleaved(groups, seconds)
+    return [{"shape": list(at), **{kind: times[at, kind] for kind in KINDS}} for at in made]
 
 
 def against_published(seconds):
     "Time and memory at each shape."
-    rows = []
-    for B, L, H, d_hidden in SHAPES:
-        made = {name: programs(cls(H, d_hidden, blocks=8), B, L, H) for name, cls in LAYERS.items()}
-        outputs = {name: np.asarray(made[name][0]["forward"]()) for name in ("published", "ssm_lib")}
+    made, known = {}, []
+    for at in SHAPES:
+        B, L, *size = at
+        layers = {name: programs(cls(*size, blocks=8), B, L, size[0]) for name, cls in LAYERS.items()}
+        outputs = {name: np.asarray(layers[name][0]["forward"]()) for name in ("published", "ssm_lib")}
         difference = np.abs(outputs["ssm_lib"] - outputs["published"]).max() / np.abs(outputs["published"]).max()
         if not difference < 1e-4:
-            raise AssertionError(f"the two formulations differ by {difference:.1e} at {(B, L, H, d_hidden)}")
-        row = {"shape": [B, L, H, d_hidden], "difference": float(difference), "memory": {n: m for n, (_, m) in made.items()}}
-        for kind in ("forward", "gradient"):
-            row[kind] = interleaved({name: calls[kind] for name, (calls, _) in made.items()}, seconds)
-        rows.append(row)
+            raise AssertionError(f"the two formulations differ by {difference:.1e} at {at}")
+        made[at] = {name: calls for name, (calls, _) in layers.items()}
+        known.append({"difference": float(difference), "memory": {name: memory for name, (_, memory) in layers.items()}})
+    rows = [{**row, **more} for row, more in zip(timed_rows(made, seconds), known)]
+    for row in rows:
         print(f"  {row['shape']}: forward × {ratio(row, 'forward'):.1f}, gradient × {ratio(row, 'gradient'):.1f}", flush=True)
     return rows
 
@@ -129,62 +147,67 @@ def techniques(seconds):
         "a loop for the tree": partial(chosen, scan=loop), "values in place": partial(chosen, scan=loop), "in chunks": ours,
         "lanes in long chunks": ours,
     }  # fmt: skip
-    rows = []
-    for B, L, H, d_hidden in SHAPES[2:]:
-        made = {}
+    made, memory = {}, []
+    for at in SHAPES[2:]:
+        B, L, *size = at
+        layers = {}
         for name, layer in steps.items():
             pick = (lambda *_: "sequential") if name == "in chunks" else scan._pick
             values = scan._transposable if name == "a loop for the tree" else scan._in_place
             with mock.patch.object(scan, "_pick", pick), mock.patch.object(scan, "_in_place", values):
-                made[name] = programs(layer(H, d_hidden), B, L, H)
-        memory = {name: planned["gradient"] for name, (_, planned) in made.items()}
-        times = {kind: interleaved({name: calls[kind] for name, (calls, _) in made.items()}, seconds) for kind in ("forward", "gradient")}
-        rows.append({"shape": [B, L, H, d_hidden], "memory": memory, **times})
-    return rows
+                layers[name] = programs(layer(*size), B, L, size[0])
+        made[at] = {name: calls for name, (calls, _) in layers.items()}
+        memory.append({name: planned["gradient"] for name, (_, planned) in layers.items()})
+    return [{**row, "memory": planned} for row, planned in zip(timed_rows(made, seconds), memory)]
 
 
 def over_length(lengths, seconds):
     "Gradient of one sequence, H = d_hidden = 64, against its length."
-    rows = []
-    for L in lengths:
-        calls, memory = programs(S5SSM(64, 64, blocks=8), 1, L, 64)
-        rows.append({"L": L, "time": interleaved({"ssm_lib": calls["gradient"]}, seconds)["ssm_lib"], "memory": memory["gradient"]})
-        print(f"  L = {L}: {rows[-1]['time'][1] * 1e3:.1f} ms", flush=True)
-    return rows
+    made = {L: programs(S5SSM(64, 64, blocks=8), 1, L, 64) for L in lengths}
+    times = interleaved({L: {"ssm_lib": calls["gradient"]} for L, (calls, _) in made.items()}, seconds)
+    return [{"L": L, "time": times[L]["ssm_lib"], "memory": memory["gradient"]} for L, (_, memory) in made.items()]
 
 
 def scan_backends(seconds):
     "The bare recurrence and its gradient over lengths and numbers of poles: where one backend passes another."
-    rng, rows = np.random.default_rng(0), []
+    rng, made = np.random.default_rng(0), {}
     for L, P in ((1024, 8), (1024, 32), (4096, 16), (8192, 32), (8192, 128), (131_072, 1), (131_072, 16)):
         poles = jnp.asarray(0.99 * np.exp(1j * rng.uniform(0, 3, P)), jnp.complex64)
         Bu = jnp.asarray(rng.normal(size=(L, P)) + 1j * rng.normal(size=(L, P)), jnp.complex64)
-        row = {"shape": [L, P]}
-        for kind in ("forward", "gradient"):
-            calls = {}
-            for backend in SCAN_BACKENDS:
-                run = partial(linear_scan, backend=backend)
-                loss = lambda a, b, run=run: jnp.sum(jnp.abs(run(a, b)) ** 2)
-                calls[backend] = partial(jax.jit(run if kind == "forward" else jax.grad(loss, (0, 1))), poles, Bu)
-            row[kind] = interleaved(calls, seconds)
-        rows.append(row)
-    return rows
+        made[L, P] = {}
+        for backend in SCAN_BACKENDS:
+            run = partial(linear_scan, backend=backend)
+            loss = lambda a, b, run=run: jnp.sum(jnp.abs(run(a, b)) ** 2)
+            made[L, P][backend] = {k: partial(jax.jit(f), poles, Bu) for k, f in zip(KINDS, (run, jax.grad(loss, (0, 1))))}
+    return timed_rows(made, seconds)
+
+
+def scans_in_layers(seconds):
+    "A layer and its gradient with each backend, over shapes: what the choice brings where products and chunks surround the scan."
+    made = {}
+    for at in ((1, 1024, 32, 32), (8, 1024, 64, 64), (1, 4096, 32, 32), (8, 4096, 64, 64), (1, 4096, 128, 256)):
+        B, L, *size = at
+        made[at] = {}
+        for backend in SCAN_BACKENDS:
+            with mock.patch.object(scan, "_pick", lambda *_, backend=backend: backend):
+                made[at][backend] = programs(S5SSM(*size, blocks=4), B, L, size[0])[0]
+    return timed_rows(made, seconds)
 
 
 def chunk_sizes(seconds):
     "Gradient with chunks of other sizes than the library's own choice."
-    rows = []
-    for B, L, H, d_hidden in SHAPES:
-        calls, memory = {}, {}
-        for size in (128, 256, 512, 1024, 2048, 4096):
-            if size > L:
+    calls, memory = {}, {}
+    for at in SHAPES:
+        B, L, *size = at
+        calls[at] = {}
+        for steps in (128, 256, 512, 1024, 2048, 4096):
+            if steps > L:
                 break
-            with mock.patch.object(diagonal, "chunk_steps", lambda *_, size=size: size):
-                made, planned = programs(S5SSM(H, d_hidden, blocks=8), B, L, H)
-            calls[size], memory[size] = made["gradient"], planned["gradient"]
-        times = interleaved(calls, seconds)
-        rows += [{"shape": [B, L, H, d_hidden], "size": size, "time": times[size], "memory": memory[size]} for size in calls]
-    return rows
+            with mock.patch.object(diagonal, "chunk_steps", lambda *_, steps=steps: steps):
+                made, planned = programs(S5SSM(*size, blocks=8), B, L, size[0])
+            calls[at][steps], memory[at, steps] = made["gradient"], planned["gradient"]
+    times = interleaved(calls, seconds)
+    return [{"shape": list(at), "size": steps, "time": times[at][steps], "memory": m} for (at, steps), m in memory.items()]
 
 
 def peers(H, P):
@@ -218,8 +241,8 @@ def against_peers(seconds, B=4, L=2048, H=64, P=64):
     if len(layers) == 1:
         return {}
     made = {name: compiled(apply, v, u, w) for name, (apply, v) in layers.items()}
-    times = {kind: interleaved({name: calls[kind] for name, (calls, _) in made.items()}, seconds) for kind in ("forward", "gradient")}
-    return {"shape": [B, L, H, P], "memory": {name: memory["gradient"] for name, (_, memory) in made.items()}, **times}
+    (row,) = timed_rows({(B, L, H, P): {name: calls for name, (calls, _) in made.items()}}, seconds)
+    return {**row, "memory": {name: memory["gradient"] for name, (_, memory) in made.items()}}
 
 
 def compile_times(repeats):
@@ -273,7 +296,7 @@ def ms(quartiles):
 def means(rows):
     "Geometric means over shapes: published over ours, forward, gradient and memory."
     saved = [row["memory"]["published"]["gradient"] / row["memory"]["ssm_lib"]["gradient"] for row in rows]
-    return *(geometric_mean([ratio(row, kind) for row in rows]) for kind in ("forward", "gradient")), geometric_mean(saved)
+    return *(geometric_mean([ratio(row, kind) for row in rows]) for kind in KINDS), geometric_mean(saved)
 
 
 def published_table(rows):
@@ -305,14 +328,18 @@ def length_table(rows):
     return table(["L", "gradient ms", "× per doubling", "memory MB"], lines)
 
 
+def backends_table(head, rows):
+    lines = [[shape(row), kind, *map(ms, row[kind].values())] for row in rows for kind in KINDS]
+    return table([head, "ms", *rows[0]["forward"]], lines)
+
+
 def tables(r):
     "Every table of the results, by name, in Markdown."
-    scans = list(r["scan"][0]["forward"])
-    bare = [[shape(row), kind, *(ms(row[kind][n]) for n in scans)] for row in r["scan"] for kind in ("forward", "gradient")]
     chunks = [[shape(row), row["size"], ms(row["time"]), f"{row['memory'] / 1e6:.1f}"] for row in r["chunk sizes"]]
     made = {
         "against published": published_table(r["against published"]), "techniques": "\n\n".join(map(named_table, r["techniques"])),
-        "over length": length_table(r["over length"]), "scan": table(["L, P", "ms", *scans], bare),
+        "over length": length_table(r["over length"]), "scan": backends_table("L, P", r["scan"]),
+        "scan in a layer": backends_table("B, L, H, d_hidden", r["scan in a layer"]),
         "chunk sizes": table(["B, L, H, d_hidden", "steps in a chunk", "gradient ms", "memory MB"], chunks),
     }  # fmt: skip
     return made | ({"peers": named_table(r["peers"])} if r["peers"] else {})
@@ -323,6 +350,7 @@ NOTES = {
     "techniques": "B, L, H, d_hidden as said; each row adds one technique to the row above.",
     "over length": "Gradient of one sequence, H = d_hidden = 64.",
     "scan": "The bare recurrence.",
+    "scan in a layer": "The same choice inside an S5 layer of d_hidden / 2 poles.",
     "chunk sizes": "Other lengths of chunks than the library's own.",
     "peers": "An LRU through other libraries; B, L, H, P as said.",
 }
@@ -341,7 +369,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="short timings; writes nothing unless --out is given")
     parser.add_argument("--out", type=Path, help="folder of the results (default: benchmarks/results)")
     args = parser.parse_args()
-    seconds, lengths = (1, (4096, 16_384)) if args.quick else (12, tuple(2**k for k in range(12, 19)))
+    seconds, lengths = (1, (4096, 16_384)) if args.quick else (11, tuple(2**k for k in range(12, 19)))
     result = {"machine": machine()}
     print("against the published formulation", flush=True)
     result["against published"] = against_published(seconds)
@@ -350,6 +378,7 @@ def main():
     result["over length"] = over_length(lengths, seconds / 2)
     print("scans, chunks, peers", flush=True)
     result["scan"] = scan_backends(seconds / 5)
+    result["scan in a layer"] = scans_in_layers(seconds / 5)
     result["chunk sizes"] = chunk_sizes(seconds / 4)
     result["peers"] = against_peers(seconds)
     print("compile time", flush=True)
