@@ -11,9 +11,9 @@ from ssm_lib.data import (
     window_batches,
     windows,
 )
-from ssm_lib.contract import SSMLayer
+from ssm_lib.contract import Recurrent, SSMLayer
 from ssm_lib.convolution import causal_convolution, discretize_dense, kernel_dense, run_dense
-from ssm_lib.diagonal import DiagonalBank, DiagonalSystem
+from ssm_lib.system import DiagonalBank, DiagonalSystem, System
 from ssm_lib.discretization import bilinear, discretize_bilinear, discretize_zoh, zoh
 from ssm_lib.dss import DSS, complex_softmax, dss_kernel, dss_ssm
 from ssm_lib.hippo import DPLR, Hippo, dplr, make_DPLR_HiPPO, make_HiPPO, make_NPLR_HiPPO, nplr, transition
@@ -29,10 +29,12 @@ from ssm_lib.models import (
 from ssm_lib.plots import animate_rollout, plot_errors, plot_rollout
 from ssm_lib.projection import HiPPOCell, project_online, reconstruct
 from ssm_lib.rollout import RolloutDivergedError, rollout, rollout_stream, write_rollout
-from ssm_lib.s4 import S4, S4D
+from ssm_lib.s4 import S4, S4D, DPLRSystem
 from ssm_lib.s5 import S5SSM
-from ssm_lib.scan import linear_scan, scan_in_chunks
+from ssm_lib.run import Plan
+from ssm_lib.scan import linear_scan, scan_in_segments
 from ssm_lib.training import (
+    DivergedError,
     fit,
     load_checkpoint,
     make_optimizer,

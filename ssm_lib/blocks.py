@@ -9,11 +9,9 @@ __all__ = ['ACTIVATIONS', 'NORMS', 'Gate', 'SequenceLayer']
 from collections.abc import Callable
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
 
-from .contract import check_choice, check_frames, check_positive, impulse
-from .diagonal import visible
+from .checks import check_choice, check_positive
+from .contract import Recurrent
 
 # %% ../nbs/30_blocks.ipynb #185d68a2
 ACTIVATIONS = ("full_glu", "half_glu1", "half_glu2", "gelu")
@@ -21,7 +19,7 @@ NORMS = ("layer", "batch")
 
 
 class Gate(nn.Module):
-    """The nonlinear half of a block, at each time alone: (..., d_model) → (..., d_model).
+    """The nonlinear half of a block, at each time and place alone: z (…, d_model), its axis of time → (…, d_model).
 
     Parameters
     ----------
@@ -37,9 +35,8 @@ class Gate(nn.Module):
     training: bool
 
     @nn.compact
-    def __call__(self, z):
-        time_axis = (0,) if z.ndim == 2 else ()
-        drop = nn.Dropout(self.dropout, broadcast_dims=time_axis, deterministic=not self.training)
+    def __call__(self, z, axis):
+        drop = nn.Dropout(self.dropout, broadcast_dims=(axis,), deterministic=not self.training)
         a = drop(nn.gelu(z))
         if self.activation == "gelu":
             return a
@@ -47,9 +44,24 @@ class Gate(nn.Module):
         value = {"full_glu": nn.Dense(self.d_model, name="out1"), "half_glu1": lambda a: a, "half_glu2": lambda _: z}
         return drop(value[self.activation](a) * sigmoid)
 
-# %% ../nbs/30_blocks.ipynb #7297d3db
-class _Block(nn.Module):
-    "The parts of a block, and how they go around its layer."
+# %% ../nbs/30_blocks.ipynb #5ef1577f
+class SequenceLayer(Recurrent):
+    """Norm, state-space layer, gate and residual: x (…, L, d_model) → (…, L, d_model).
+
+    Parameters
+    ----------
+    ssm : factory of the layer, called with `d_model`, e.g. `partial(S5SSM, d_hidden=64)` or a function
+    d_model : number of features
+    dropout : share of features switched off in training
+    norm : "layer", or "batch" (statistics over everything but features)
+    training : dropout and batch statistics on; off for inference
+    activation : one of "full_glu", "half_glu1", "half_glu2", "gelu"
+    prenorm : norm before the layer; after the residual if False
+    axis_name : name of a vmapped axis, if there is one, that batch statistics are shared over
+
+    Around an initial-condition layer (`n_steps`), the residual too sees only frame 0: the block acts on
+    the impulse [x_0, 0, 0, …].
+    """
 
     ssm: Callable
     d_model: int
@@ -59,6 +71,15 @@ class _Block(nn.Module):
     activation: str = "half_glu1"
     prenorm: bool = True
     axis_name: str | None = None
+
+    frame = property(lambda self: (self.d_model,))
+    response_steps = property(lambda self: self.seq.response_steps)
+
+    @property
+    def whole_only(self):
+        if self.norm == "batch" and self.training:
+            return "norm='batch' with training=True needs the whole sequence for its statistics. Use training=False."
+        return self.seq.whole_only
 
     def __post_init__(self):
         check_positive(d_model=self.d_model)
@@ -74,68 +95,9 @@ class _Block(nn.Module):
         self.normalize = nn.LayerNorm() if self.norm == "layer" else batch_norm()
         self.gate = Gate(self.activation, self.d_model, self.dropout, self.training)
 
-    def _skip(self, x, carry):
-        "What goes past the layer: all of x, or around an initial-condition layer the impulse; no carry is the whole sequence."
-        n_steps = getattr(self.seq, "n_steps", None)
-        if n_steps is None:
-            return x
-        return impulse(x, False, n_steps) if carry is None else impulse(x, carry[1], len(x))
-
-    def _before(self, x):
-        return (self.normalize(x) if self.prenorm else x).astype(x.dtype)
-
-    def _after(self, skip, y):
-        y = skip + self.gate(y)
-        return (y if self.prenorm else self.normalize(y)).astype(skip.dtype)
-
-    def _check_carried(self):
-        if self.norm == "batch" and self.training:
-            raise ValueError("norm='batch' with training=True needs the whole sequence for its statistics. Use training=False.")
-
-# %% ../nbs/30_blocks.ipynb #5ef1577f
-class SequenceLayer(_Block):
-    """Norm, state-space layer, gate and residual: x (L, d_model) → (L, d_model).
-
-    Parameters
-    ----------
-    ssm : factory of the layer, called with `d_model`, e.g. `partial(S5SSM, d_hidden=64)`
-    d_model : number of features
-    dropout : share of features switched off in training
-    norm : "layer", or "batch" (statistics over time, and over the batch in the Batch models)
-    training : dropout and batch statistics on; off for inference
-    activation : one of "full_glu", "half_glu1", "half_glu2", "gelu"
-    prenorm : norm before the layer; after the residual if False
-    axis_name : name of the vmapped axis that batch statistics are shared over
-
-    Around an initial-condition layer (`n_steps`), the residual too sees only frame 0: the block acts on
-    the impulse [x_0, 0, 0, …]. Such a layer's carry is (state, started), and the block reads its flag.
-    """
-
-    def __call__(self, x, *, dt=None, mask=None, reset=None):
-        "Whole sequence: x (L, d_model) → (L, d_model), or (n_steps, d_model)."
-        check_frames(x, (self.d_model,), "L", "Use the Batch model, or vmap over the batch.")
-        x = visible(x, mask)
-        return self._after(self._skip(x, None), self.seq(self._before(x), dt=dt, mask=mask, reset=reset))
-
-    def prefill(self, x, carry=None, *, dt=None, mask=None, reset=None, all_carries=False):
-        "A stretch x (L, d_model) from a carried state (None is zero): (carry, y), or with the carry after every step."
-        check_frames(x, (self.d_model,), "L", "Use the Batch model, or vmap over the batch.")
-        self._check_carried()
-        x = visible(x, mask)
-        carry = self.initial_carry() if carry is None else carry
-        skip = self._skip(x, carry)
-        carry, y = self.seq.prefill(self._before(x), carry, dt=dt, mask=mask, reset=reset, all_carries=all_carries)
-        return carry, self._after(skip, y)
-
-    def step(self, carry, x_k, *, dt=None, mask=None, reset=None):
-        "One step from a carried state, x_k (d_model,): (carry, y_k)."
-        check_frames(x_k, (self.d_model,), "", "A step takes one frame; vmap over a batch.")
-        self._check_carried()
-        x_k = visible(x_k, mask)
-        skip = self._skip(x_k[None], carry)[0]
-        carry, y = self.seq.step(carry, self._before(x_k), dt=dt, mask=mask, reset=reset)
-        return carry, self._after(skip, y)
-
-    def initial_carry(self):
-        "The zero state of the layer inside."
-        return self.seq.initial_carry()
+    def stretch(self, x, carry, times):
+        x = times.see(x)
+        z = (self.normalize(x) if self.prenorm else x).astype(x.dtype)
+        carry, z = self.seq.stretch(z, carry, times)
+        y = x + self.gate(z, times.axis)
+        return carry, (y if self.prenorm else self.normalize(y)).astype(x.dtype)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .data import fit_normalizer, load_trajectories, pde_trajectories, split_trajectories, window_batches, windows
-from .contract import check_positive
+from .checks import check_positive
 from .metrics import fit_linear, nrmse, persistence
 from .models import BatchStackedSSMModel, IncrementModel
 from .plots import animate_rollout, plot_errors, plot_rollout, save_figure
@@ -60,7 +60,7 @@ def train(
     variables = jax.jit(model.init)(jax.random.PRNGKey(seed), jnp.asarray(x[:1, :2]))
     loss = partial(rollout_loss, model, scale=config["scales"]["increment_std"][0])
     batches = window_batches(x, options["batch_size"], options["window"], shift=True, seed=seed)
-    optimizer = make_optimizer(options["learning_rate"], updates)
+    optimizer = make_optimizer(model, options["learning_rate"], updates)
     return fit(loss, variables, batches, optimizer, updates, seed=seed, progress=progress, save=save)[0]
 
 # %% ../nbs/50_cli.ipynb #2ae9a369

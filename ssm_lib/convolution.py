@@ -70,8 +70,6 @@ def kernel_dense(
     "The kernel of a dense system, by repeated multiplication (Gu et al. 2022, S4, eq. 5)."
     return jax.lax.scan(lambda x, _: (A_bar @ x, jnp.sum(C * x).real), B_bar, length=L)[1]
 
-
-
 # %% ../nbs/02_convolution.ipynb #a8baa260
 def _good_length(n):
     "The smallest 2ᵃ3ᵇ5ᶜ ≥ n, at which Fourier transforms are fast."
@@ -80,15 +78,20 @@ def _good_length(n):
 
 
 def causal_convolution(
-    u: jax.Array,  # (L, ...) input, real
-    K: jax.Array,  # (L', ...) kernel, real, L' ≥ L; what lies beyond L is not used
-) -> jax.Array:  # (L, ...)
-    "Output of a causal filter along axis 0, by FFT."
-    L = u.shape[0]
+    u: jax.Array,  # (…, L, …) input, real
+    K: jax.Array,  # (L', …) kernel, real, L' ≥ L; what lies beyond L is not used; its other axes are the last ones of u
+    axis: int = 0,  # the axis of time in u
+) -> jax.Array:  # (…, L, …)
+    "Output of a causal filter along an axis, by FFT."
+    axis %= u.ndim
+    L = u.shape[axis]
     if K.shape[0] < L:
         raise ValueError(f"K has length {K.shape[0]}; expected at least {L}, the length of u. Make a longer kernel.")
     n = _good_length(max(2 * L - 1, 1))
-    return jnp.fft.irfft(jnp.fft.rfft(u, n, 0) * jnp.fft.rfft(K[:L], n, 0), n, 0)[:L]
+    K_hat = jnp.fft.rfft(K[:L], n, 0)
+    K_hat = K_hat.reshape(len(K_hat), *(1,) * (u.ndim - axis - K.ndim), *K.shape[1:])
+    y = jnp.fft.irfft(jnp.fft.rfft(u, n, axis) * K_hat, n, axis)
+    return jax.lax.slice_in_dim(y, 0, L, axis=axis)
 
 # %% ../nbs/02_convolution.ipynb #795d98d6
 def powers(

@@ -10,11 +10,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from .contract import SSMLayer, check_choice, check_even, check_positive, check_steps
-from .diagonal import DiagonalBank, to_complex
-from .discretization import clip_poles, phi1, zoh
+from .checks import check_choice, check_even, check_positive, check_steps
+from .contract import SSMLayer
+from .discretization import clip_poles, log_step_initializer, phi1, zoh
 from .hippo import dplr
-from .s5 import log_step_initializer
+from .system import DiagonalBank, to_complex
 
 # %% ../nbs/22_dss.ipynb #f408dc21
 def _reciprocal(z, eps):
@@ -39,8 +39,6 @@ def dss_kernel(
     "The DSS-softmax kernel of one feature; poles may decay or grow (Gupta et al. 2022, DSS, proposition 1)."
     weights = jax.vmap(complex_softmax)((Lambda * step)[:, None] * jnp.arange(L))
     return ((W / Lambda) @ weights).ravel().real
-
-
 
 # %% ../nbs/22_dss.ipynb #c5496d3b
 def _geometric(z, L):
@@ -90,6 +88,8 @@ class DSS(SSMLayer):
     dt_max: float = 0.1
     n_steps: int | None = None
 
+    pole_parameters = ("Lambda_re", "Lambda_im", "log_step")
+
     def __post_init__(self):
         check_positive(d_model=self.d_model, l_max=self.l_max, n_steps=self.n_steps)
         check_even(d_hidden=self.d_hidden)
@@ -105,15 +105,17 @@ class DSS(SSMLayer):
         self.D = self.param("D", nn.initializers.normal(1.0), (self.d_model,))
         self.log_step = self.param("log_step", log_step_initializer(self.dt_min, self.dt_max), (self.d_model,))
 
-    def system(self, dt):
-        if self.kernel == "softmax" and dt is not None and dt.ndim:
-            raise ValueError("kernel='softmax' is normalised over l_max equal steps; it takes no dt per step. Use kernel='exp'.")
+    def system(self):
         Lambda, W = jax.lax.complex(clip_poles(self.Lambda_re), self.Lambda_im), to_complex(self.W)
-        Delta = jnp.exp(self.log_step) if dt is None else jnp.exp(self.log_step) * dt[..., None]
-        if self.kernel == "exp":
-            Lambda_bar, gamma = zoh(Lambda, Delta[..., None])
-        else:
-            z = Lambda * Delta[:, None]
-            Lambda_bar, gamma = jnp.exp(z), _reciprocal(_geometric(z, self.l_max), 1e-7) / Lambda
-        flat = lambda x: jax.lax.collapse(x, x.ndim - 2)
-        return DiagonalBank(flat(Lambda_bar), flat(gamma), jnp.ones_like(W), W, self.D)
+        Delta = jnp.exp(self.log_step)
+
+        def step(dt):
+            long = (Delta if dt is None else Delta * dt)[..., None]
+            if self.kernel == "exp":
+                return zoh(Lambda, long)
+            if dt is not None and dt.size > 1:
+                raise ValueError("kernel='softmax' is normalised over l_max equal steps; it takes no dt per step. Use kernel='exp'.")
+            z = Lambda * long
+            return jnp.exp(z), _reciprocal(_geometric(z, self.l_max), 1e-7) / Lambda
+
+        return DiagonalBank(step, jnp.ones_like(W), W, self.D, self.l_max)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .contract import check_choice, check_positive
+from .checks import check_choice, check_divides, check_even, check_positive
 
 # %% ../nbs/10_hippo.ipynb #fe579639
 def make_HiPPO(
@@ -132,8 +132,6 @@ def _half(N):
         raise ValueError(f"N is {N}; expected an even order, as poles come in conjugate pairs. Use N = {N + 1}.")
     return np.arange(N // 2)
 
-
-
 # %% ../nbs/10_hippo.ipynb #1fd3fbd7
 def _s4d_lin(N, real=False):
     return _pairs(np.pi * _half(N), real)
@@ -151,8 +149,6 @@ def _s4d_legs(N, real=False):
 def _diagonal(N, seed=0):
     rng = np.random.default_rng(seed)
     return -np.diag(np.exp(rng.normal(size=N))), rng.normal(size=N), np.zeros((0, N))
-
-
 
 # %% ../nbs/10_hippo.ipynb #c232ef68
 MEASURES = {
@@ -276,11 +272,7 @@ class DPLR(NamedTuple):
 
 # %% ../nbs/10_hippo.ipynb #030e9954
 def _check_pairs(measure, N):
-    if N % 2:
-        raise ValueError(
-            f"N is {N}; expected an even order (per block) under conj_sym, as of an odd number of poles one is real "
-            f"and has no partner. Use N = {N + 1} or conj_sym=False."
-        )
+    check_even(**{"N (per block)": N})
     if measure == "diagonal":
         raise ValueError(f"measure {measure!r} has real poles; expected conjugate pairs under conj_sym. Use conj_sym=False.")
 
@@ -299,8 +291,6 @@ def _conjugate_eigen(normal):
     Lambda = np.concatenate([half, Lambda.real[: middle.shape[1]], half[::-1].conj()])
     return Lambda, np.concatenate([below, middle, below[:, ::-1].conj()], 1)
 
-
-
 # %% ../nbs/10_hippo.ipynb #161be2ee
 def dplr(
     measure: str,  # a name in `MEASURES`
@@ -315,17 +305,16 @@ def dplr(
     if conj_sym:
         _check_pairs(measure, size)
     Lambda, V = (np.diag(A) + 0j, np.eye(size)) if measure == "diagonal" else _conjugate_eigen(A + P.T @ P)
-    keep = slice(0, len(Lambda) // 2 if conj_sym else None)
-    Lambda, V = Lambda[keep], V[:, keep]
+    if conj_sym:
+        Lambda, V = Lambda[: len(Lambda) // 2], V[:, : len(Lambda) // 2]
     B = V.conj().T @ B
-    V, eye = V * np.where(B == 0, 1, np.exp(1j * np.angle(B))), np.eye(n_blocks)
-    return DPLR(np.tile(Lambda, n_blocks), np.kron(eye, P @ V.conj()), np.tile(np.abs(B), n_blocks), np.kron(eye, V))
+    V = V * np.where(B == 0, 1, np.exp(1j * np.angle(B)))  # the phases at which B is real and ≥ 0
+    blocks = np.eye(n_blocks)
+    return DPLR(np.tile(Lambda, n_blocks), np.kron(blocks, P @ V.conj()), np.tile(np.abs(B), n_blocks), np.kron(blocks, V))
 
 
 def _block_size(N, n_blocks):
-    check_positive(N=N, n_blocks=n_blocks)
-    if N % n_blocks:
-        raise ValueError(f"N = {N} is not divisible by n_blocks = {n_blocks}; expected equal blocks. Change either.")
+    check_divides({"N": N}, {"n_blocks": n_blocks})
     return N // n_blocks
 
 # %% ../nbs/10_hippo.ipynb #013225d3
@@ -370,7 +359,7 @@ class Hippo:
     n_blocks : number of blocks
     options : of the measure, as in `transition`: window, alpha, beta, seed
 
-    Calling it returns it. The arrays are made once, in float64 on the host, and are the same at every call.
+    Calling it returns it, so that both `h = Hippo(…); h()` and `p = Hippo(…)()` work, as people write it. The arrays are made once, in float64 on the host, and are the same at every call.
     """
 
     def __init__(self, state_size, measure="legs", conj_sym=False, dplr=False, block_diagonal=False, n_blocks=1, **options):

@@ -12,10 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .contract import SSMLayer, check_positive, impulse
-from .diagonal import DiagonalSystem
+from .checks import check_positive
+from .contract import SSMLayer
 from .discretization import clip_poles, phi1
+from .run import whole
 from .scan import linear_scan
+from .system import DiagonalSystem
 
 # %% ../nbs/21_lru.ipynb #1c380135
 def _check_ring(r_min, r_max, max_phase):
@@ -57,8 +59,6 @@ def gamma_log_init(
     nu_log, _ = lamb
     return 0.5 * jnp.log(-jnp.expm1(-2 * jnp.exp(nu_log)))
 
-
-
 # %% ../nbs/21_lru.ipynb #d44a0ae9
 def matrix_init(
     key: jax.Array,  # random key
@@ -87,7 +87,12 @@ def log_poles(
 
 # %% ../nbs/21_lru.ipynb #ee8ced74
 def _lru_system(discrete_lambda, B_norm, C, D):
-    return DiagonalSystem(discrete_lambda, jnp.ones_like(discrete_lambda.real), B_norm, C, D)
+    return DiagonalSystem(lambda _: (discrete_lambda, jnp.ones_like(discrete_lambda.real)), B_norm, C, D)
+
+
+def _impulse(x0, n_steps):
+    "[x0, 0, 0, …] from x0 (1, H)."
+    return jnp.concatenate([x0, jnp.zeros((n_steps - 1, x0.shape[1]), x0.dtype)])
 
 
 def apply_lru_dynamics(
@@ -98,7 +103,7 @@ def apply_lru_dynamics(
     D: jax.Array,  # (H,) feedthrough
 ) -> jax.Array:  # (L, H)
     "Outputs of an LRU system over a sequence (Orvieto et al. 2023, eq. 3 and 7)."
-    return _lru_system(discrete_lambda, B_norm, C, D).whole(inputs)
+    return whole(_lru_system(discrete_lambda, B_norm, C, D), inputs)
 
 
 def apply_lru_dynamics_from_ic(
@@ -110,7 +115,7 @@ def apply_lru_dynamics_from_ic(
 ) -> jax.Array:  # (n_steps, H)
     "The response to the impulse [ic, 0, 0, …], without feedthrough."
     check_positive(n_steps=n_steps)
-    return _lru_system(discrete_lambda, B_norm, C, None).whole(impulse(ic, False, n_steps))
+    return whole(_lru_system(discrete_lambda, B_norm, C, None), _impulse(ic, n_steps))
 
 # %% ../nbs/21_lru.ipynb #e5766e90
 class LRU(SSMLayer):
@@ -134,6 +139,8 @@ class LRU(SSMLayer):
     max_phase: float = 6.28
     n_steps: int | None = None
 
+    pole_parameters = ("nu_log", "theta_log", "gamma_log")
+
     def __post_init__(self):
         check_positive(d_hidden=self.d_hidden, d_model=self.d_model, n_steps=self.n_steps)
         _check_ring(self.r_min, self.r_max, self.max_phase)
@@ -149,14 +156,16 @@ class LRU(SSMLayer):
         self.C_re, self.C_im = (matrix(name, (H, P), np.sqrt(P)) for name in ("C_re", "C_im"))
         self.D = matrix("D", (H,), 1)
 
-    def system(self, dt):
+    def system(self):
         mu, gamma = log_poles(self.nu_log, self.theta_log), jnp.exp(self.gamma_log)
-        if dt is not None:
-            dt = dt[..., None]
-            gamma = gamma * dt * phi1(mu * dt) / phi1(mu)
-            mu = mu * dt
+
+        def step(dt):
+            if dt is None:
+                return jnp.exp(mu), gamma
+            return jnp.exp(mu * dt), gamma * dt * phi1(mu * dt) / phi1(mu)
+
         B, C = jax.lax.complex(self.B_re, self.B_im), jax.lax.complex(self.C_re, self.C_im)
-        return DiagonalSystem(jnp.exp(mu), gamma, B, C, self.D)
+        return DiagonalSystem(step, B, C, self.D)
 
 # %% ../nbs/21_lru.ipynb #41bd5a0d
 class LRUDynamics(nn.Module):
@@ -191,4 +200,4 @@ class LRUDynamics(nn.Module):
         nu_log = self.param("nu_log", nu_init, (self.d_hidden,), self.r_min, self.r_max)
         theta_log = self.param("theta_log", theta_init, (self.d_hidden,), self.max_phase)
         Lambda_bar = jnp.exp(log_poles(nu_log, theta_log, self.clip_eigs))
-        return linear_scan(Lambda_bar, impulse(x0.reshape(1, -1), False, steps))
+        return linear_scan(Lambda_bar, _impulse(x0.reshape(1, -1), steps))

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .contract import check_positive
+from .checks import check_positive
 
 # %% ../nbs/43_metrics.ipynb #d35f998f
 def nrmse(

@@ -8,15 +8,14 @@ __all__ = ['DenseMixing', 'StackedSSM', 'StackedSSM2D', 'BatchStackedSSMModel', 
 # %% ../nbs/31_models.ipynb #0a7bc3da
 import math
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from .blocks import ACTIVATIONS, NORMS, SequenceLayer
-from .contract import check_choice, check_frames, check_positive
-from .diagonal import visible
+from .checks import check_choice, check_positive
+from .contract import Recurrent
 
 # %% ../nbs/31_models.ipynb #d7464995
 class DenseMixing(nn.Module):
@@ -40,25 +39,37 @@ class DenseMixing(nn.Module):
         return math.prod(self.space) * self.d_vars
 
     def encode(self, x):
-        lead = x.shape[: x.ndim - len(self.space) - 1]
-        return self.encoder(x.reshape(*lead, self.n_features))
+        return self.encoder(x.reshape(*x.shape[: x.ndim - len(self.space) - 1], self.n_features))
 
     def decode(self, h):
         return self.decoder(h).reshape(*h.shape[:-1], *self.space, self.d_vars)
 
-# %% ../nbs/31_models.ipynb #09dda62e
-def _check_stack(model):
-    "Raise a ValueError for fields that cannot make a model."
-    check_positive(d_vars=model.d_vars, n_layers=model.n_layers, n_steps=model.n_steps)
-    if len(model.space) != len(model.space_axes):
-        raise ValueError(f"d_model is {model.d_model}; expected {len(model.space_axes)} size(s), {model.space_axes}.")
-    check_positive(**dict(zip(model.space_axes, model.space)))
-    check_choice("norm", model.norm, NORMS)
-    check_choice("activation", model.activation, ACTIVATIONS)
+    def times(self, times):
+        "What is said of places, as said of the one state of a frame: it waits where no place has a sample."
+        one = tuple(range(-len(self.space), 0))
+        for name, value in {"dt": times.dt, "reset": times.reset}.items():
+            if value is not None and value.ndim and max(value.shape[i] for i in one) > 1:
+                raise ValueError(
+                    f"{name} differs from place to place, but a dense model has one state for the whole frame. "
+                    f"Give {name} per step or per sample."
+                )
+        flat = lambda z: z if z is None or z.ndim == 0 else jnp.any(z, one) if z.dtype == bool else jnp.squeeze(z, one)
+        return replace(times, dt=flat(times.dt), mask=flat(times.mask), reset=flat(times.reset), seen=flat(times.seen))
 
-# %% ../nbs/31_models.ipynb #98251b48
-class _Parts(nn.Module):
-    "What the stacked models are made of: frames → features → blocks → frames."
+# %% ../nbs/31_models.ipynb #9bb96b6b
+class StackedSSM(Recurrent):
+    """A stack of state-space blocks on a line: x (…, T, W, C) → (…, T, W, C), one frame ahead.
+
+    Parameters
+    ----------
+    ssm : factory of the layers, called with `d_model`, e.g. `partial(S5SSM, d_hidden=64)`
+    d_model : number of grid points W (the layers are asked for W·C features)
+    d_vars : number of variables C
+    n_layers : number of blocks
+    ssm_first_layer : factory of the first layer, if another; with `n_steps` it makes an initial-condition model
+    n_steps : makes an initial-condition model that returns so many frames
+    dropout, training, norm, activation, prenorm : see `SequenceLayer`
+    """
 
     ssm: Callable
     d_model: int | tuple
@@ -73,90 +84,44 @@ class _Parts(nn.Module):
     prenorm: bool = True
 
     space_axes = ("W",)  # names of the axes of space, for messages
-    batch_axis = None  # name of the batch axis in the Batch models
 
-    def __post_init__(self):
-        _check_stack(self)
-        first = self.ssm_first_layer or self.ssm
-        own = getattr(first, "keywords", {}).get("n_steps")
-        if None not in (own, self.n_steps) and own != self.n_steps:
-            raise ValueError(f"n_steps is {self.n_steps}, but the first layer has n_steps = {own}; expected one of them, or the same.")
-        object.__setattr__(self, "n_steps", self.n_steps if own is None else own)
-        super().__post_init__()
+    space = property(lambda self: tuple(self.d_model) if isinstance(self.d_model, (tuple, list)) else (self.d_model,))
+    frame = property(lambda self: (*self.space, self.d_vars))
+    whole_only = property(lambda self: next((block.whole_only for block in self.blocks if block.whole_only), ""))
 
     @property
-    def space(self):
-        return tuple(self.d_model) if isinstance(self.d_model, (tuple, list)) else (self.d_model,)
+    def response_steps(self):
+        own = self.blocks[0].response_steps
+        if None not in (own, self.n_steps) and own != self.n_steps:
+            raise ValueError(f"n_steps is {self.n_steps}, but the first layer has n_steps = {own}; expected one, or the same.")
+        return self.n_steps if own is None else own
+
+    def __post_init__(self):
+        check_positive(d_vars=self.d_vars, n_layers=self.n_layers, n_steps=self.n_steps)
+        if len(self.space) != len(self.space_axes):
+            raise ValueError(f"d_model is {self.d_model}; expected {len(self.space_axes)} size(s), {self.space_axes}.")
+        check_positive(**dict(zip(self.space_axes, self.space)))
+        check_choice("norm", self.norm, NORMS)
+        check_choice("activation", self.activation, ACTIVATIONS)
+        super().__post_init__()
 
     def setup(self):
         self.mixing = DenseMixing(self.space, self.d_vars)
-        first = self.ssm_first_layer or self.ssm
-        if self.n_steps is not None:
-            first = partial(first, n_steps=self.n_steps)
-        options = dict(dropout=self.dropout, norm=self.norm, training=self.training, activation=self.activation)
-        options |= dict(prenorm=self.prenorm, axis_name=self.batch_axis)
-        factories = [first, *[self.ssm] * (self.n_layers - 1)]
+        factories = [self.ssm_first_layer or self.ssm, *[self.ssm] * (self.n_layers - 1)]
+        options = {name: getattr(self, name) for name in ("dropout", "norm", "training", "activation", "prenorm")}
         self.blocks = [SequenceLayer(ssm, self.mixing.n_features, **options) for ssm in factories]
 
-    def _check(self, x, lead):
-        check_frames(x, (*self.space, self.d_vars), lead, "Use the Batch model for a leading batch axis.")
-
-# %% ../nbs/31_models.ipynb #87c28cce
-class _Stack(_Parts):
-    "The three ways of the contract, one frame or stretch after the other through the blocks."
-
-    def __call__(self, x, *, dt=None, mask=None, reset=None):
-        "Whole sequence: x (T, *space, C) → (T, *space, C), or (n_steps, *space, C) from frame 0."
-        self._check(x, "T")
-        h = self.mixing.encode(visible(x if self.n_steps is None else x[:1], mask))
-        for block in self.blocks:
-            h = block(h, dt=dt, mask=mask, reset=reset)
-        return self.mixing.decode(h).astype(x.dtype)
-
-    def prefill(self, x, carry=None, *, dt=None, mask=None, reset=None, all_carries=False):
-        "A stretch x (T, *space, C) from a carried state (None is zero): (carry, y), or with the carry after every step."
-        self._check(x, "T")
-        carry = self._zero() if carry is None else carry
-        call = lambda block, h, c, **times: block.prefill(h, c, all_carries=all_carries, **times)
-        return self._through(call, x, carry, dt, mask, reset)
-
-    def step(self, carry, x_k, *, dt=None, mask=None, reset=None):
-        "One frame x_k (*space, C) from a carried state: (carry, y_k)."
-        self._check(x_k, "")
-        return self._through(lambda block, h, c, **times: block.step(c, h, **times), x_k, carry, dt, mask, reset)
-
-    def initial_carry(self):
-        "The zero state: a tuple with the carry of each block."
-        return self._zero()
-
-    def _zero(self):
-        return tuple(block.initial_carry() for block in self.blocks)
-
-    def _through(self, call, x, carry, dt, mask, reset):
-        h, new = self.mixing.encode(visible(x, mask)), []
-        for block, c in zip(self.blocks, carry, strict=True):
-            c, h = call(block, h, c, dt=dt, mask=mask, reset=reset)
-            new.append(c)
-        return tuple(new), self.mixing.decode(h).astype(x.dtype)
-
-# %% ../nbs/31_models.ipynb #9bb96b6b
-class StackedSSM(_Stack):
-    """A stack of state-space blocks on a line: x (T, W, C) → (T, W, C), one frame ahead.
-
-    Parameters
-    ----------
-    ssm : factory of the layers, called with `d_model`, e.g. `partial(S5SSM, d_hidden=64)`
-    d_model : number of grid points W
-    d_vars : number of variables C
-    n_layers : number of blocks
-    ssm_first_layer : factory of the first layer, if another; with `n_steps` it makes an initial-condition model
-    n_steps : makes an initial-condition model that returns so many frames
-    dropout, training, norm, activation, prenorm : see `SequenceLayer`
-    """
+    def stretch(self, x, carry, times):
+        h, times, carries = self.mixing.encode(times.see(x)), self.mixing.times(times), []
+        for block, c in zip(self.blocks, carry or [None] * self.n_layers, strict=True):
+            c, h = block.stretch(h, c, times)
+            carries.append(c)
+            times = replace(times, seen=None)  # the first block alone is an initial-condition block
+        return tuple(carries), self.mixing.decode(h).astype(x.dtype)
 
 
-class StackedSSM2D(_Stack):
-    """A stack of state-space blocks on a grid: x (T, H, W, C) → (T, H, W, C), one frame ahead.
+class StackedSSM2D(StackedSSM):
+    """A stack of state-space blocks on a grid: x (…, T, H, W, C) → (…, T, H, W, C), one frame ahead.
 
     Parameters as in `StackedSSM`, with `d_model = (H, W)`.
     """
@@ -164,58 +129,19 @@ class StackedSSM2D(_Stack):
     space_axes = ("H", "W")
 
 # %% ../nbs/31_models.ipynb #e343ab4c
-def _axes(value, ndim_each):
-    "Batch axis of an optional argument: 0 if given per sample, None if shared or absent."
-    return 0 if value is not None and jnp.ndim(value) == ndim_each + 1 else None
+class BatchStackedSSMModel(StackedSSM):
+    "`StackedSSM` on a batch: x (B, T, W, C) → (B, T, W, C). Parameters as there."
+
+    batch_axes = 1
 
 
-class _Batch(_Stack):
-    "The three ways of a stack, with a leading batch axis."
+class BatchStackedSSM2DModel(StackedSSM2D):
+    "`StackedSSM2D` on a batch: x (B, T, H, W, C) → (B, T, H, W, C). Parameters as there."
 
-    batch_axis = "batch"
-
-    def __call__(self, x, *, dt=None, mask=None, reset=None):
-        "x (B, T, *space, C) → (B, T, *space, C), or (B, n_steps, *space, C)."
-        check_frames(x, (*self.space, self.d_vars), "B T", "Use the unbatched model for one trajectory.")
-        call = lambda m, x, _, **times: super(_Batch, m).__call__(x, **times)
-        return self._each(call, x, None, 1, dt, mask, reset)
-
-    def prefill(self, x, carry=None, *, dt=None, mask=None, reset=None, all_carries=False):
-        "A stretch x (B, T, *space, C) from a carried state (None is zero): (carry, y); all carries are (B, T, …)."
-        check_frames(x, (*self.space, self.d_vars), "B T", "Use the unbatched model for one trajectory.")
-        call = lambda m, x, carry, **times: super(_Batch, m).prefill(x, carry, all_carries=all_carries, **times)
-        return self._each(call, x, carry, 1, dt, mask, reset)
-
-    def step(self, carry, x_k, *, dt=None, mask=None, reset=None):
-        "One frame each, x_k (B, *space, C), from a carried state: (carry, y_k)."
-        check_frames(x_k, (*self.space, self.d_vars), "B", "A step takes one frame per sample.")
-        call = lambda m, x, carry, **times: super(_Batch, m).step(carry, x, **times)
-        return self._each(call, x_k, carry, 0, dt, mask, reset)
-
-    def initial_carry(self, batch_size):
-        "The zero state for a batch."
-        check_positive(batch_size=batch_size)
-        return jax.tree.map(lambda c: jnp.broadcast_to(c, (batch_size, *c.shape)), self._zero())
-
-    def _each(self, call, x, carry, ndim, dt, mask, reset):
-        in_axes = (0, 0, *(_axes(value, ndim) for value in (dt, mask, reset)))
-        over_batch = nn.vmap(
-            lambda m, x, carry, dt, mask, reset: call(m, x, carry, dt=dt, mask=mask, reset=reset),
-            in_axes=in_axes, variable_axes={"params": None, "batch_stats": None},
-            split_rngs={"params": False, "dropout": True}, axis_name=self.batch_axis,
-        )
-        return over_batch(self, x, carry, dt, mask, reset)
-
-
-class BatchStackedSSMModel(_Batch, StackedSSM):
-    "`StackedSSM` on a leading batch: x (B, T, W, C) → (B, T, W, C). Parameters as there."
-
-
-class BatchStackedSSM2DModel(_Batch, StackedSSM2D):
-    "`StackedSSM2D` on a leading batch: x (B, T, H, W, C) → (B, T, H, W, C). Parameters as there."
+    batch_axes = 1
 
 # %% ../nbs/31_models.ipynb #31bdb70f
-class IncrementModel(nn.Module):
+class IncrementModel(Recurrent):
     """A model of increments in normalised units as a model of frames in physical ones, under the same contract.
 
     Parameters
@@ -230,33 +156,24 @@ class IncrementModel(nn.Module):
     std: tuple
     increment_std: tuple
 
+    frame = property(lambda self: self.model.frame)
+    batch_axes = property(lambda self: self.model.batch_axes)
+    whole_only = property(lambda self: self.model.whole_only)
+
     def __post_init__(self):
-        if getattr(self.model, "n_steps", None) is not None:
-            raise ValueError("model has n_steps; expected one that reads every frame. An increment needs the frame before it.")
         for name in ("mean", "std", "increment_std"):
             object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
         if min((*self.std, *self.increment_std)) <= 0:
             raise ValueError(f"std, increment_std are {self.std}, {self.increment_std}; expected positive deviations.")
         super().__post_init__()
 
-    def __call__(self, x, **times):
-        return self._out(x, self.model(self._in(x), **times))
+    def setup(self):
+        if self.model.response_steps is not None:
+            raise ValueError("model has n_steps; expected one that reads every frame. An increment needs the frame before it.")
 
-    def prefill(self, x, carry=None, **options):
-        carry, y = self.model.prefill(self._in(x), carry, **options)
-        return carry, self._out(x, y)
-
-    def step(self, carry, x_k, **times):
-        carry, y = self.model.step(carry, self._in(x_k), **times)
-        return carry, self._out(x_k, y)
-
-    def initial_carry(self, **size):
-        return self.model.initial_carry(**size)
-
-    def _in(self, x):
+    def stretch(self, x, carry, times):
         if x.shape[-1] != len(self.mean):
             raise ValueError(f"x has {x.shape[-1]} variables; expected {len(self.mean)}, as many as mean has.")
-        return (x - jnp.asarray(self.mean, x.dtype)) / jnp.asarray(self.std, x.dtype)
-
-    def _out(self, x, y):
-        return x + jnp.asarray(self.increment_std, x.dtype) * y
+        mean, std, scale = (jnp.asarray(z, x.dtype) for z in (self.mean, self.std, self.increment_std))
+        carry, y = self.model.stretch((x - mean) / std, carry, times)
+        return carry, x + scale * y

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .contract import check_positive
+from .checks import check_positive
 
 # %% ../nbs/44_plots.ipynb #aed5fd39
 def _pyplot():

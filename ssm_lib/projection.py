@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.polynomial import laguerre, legendre
 
-from .contract import check_choice, check_positive
+from .checks import check_choice, check_positive
 from .convolution import METHODS, discretize_dense
 from .hippo import transition
+from .scan import binary_operator
 
 # %% ../nbs/11_projection.ipynb #3d282d1b
 def _legs_apply(d):
@@ -30,8 +31,7 @@ def _legs_solve(a, d):
     "y with (I − a A) y = d for LegS; a broadcasts against d, last axis of length one."
     n = jnp.arange(d.shape[-1], dtype=d.dtype)
     root, pivot = jnp.sqrt(2 * n + 1), 1 + a * (n + 1)
-    compose = lambda i, j: (i[0] * j[0], j[0] * i[1] + j[1])
-    sums = jax.lax.associative_scan(compose, ((1 - a * n) / pivot, root * d / pivot), axis=-1)[1]
+    sums = jax.lax.associative_scan(binary_operator, ((1 - a * n) / pivot, root * d / pivot), axis=-1)[1]
     before = jnp.concatenate([jnp.zeros_like(sums[..., :1]), sums[..., :-1]], -1)
     return (d - a * root * before) / pivot
 

@@ -14,16 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .contract import check_positive
-from .scan import scan_in_chunks
-
-# %% ../nbs/40_rollout.ipynb #e6460a39
-def _inference(model):
-    "The model, and models inside it, with training off."
-    changes = {name: _inference(value) for name, value in vars(model).items() if isinstance(value, nn.Module) and name not in ("parent",)}
-    if getattr(model, "training", False):
-        changes["training"] = False
-    return model.clone(**changes) if changes else model
+from .checks import check_positive
+from .contract import inference
+from .scan import scan_in_segments
 
 # %% ../nbs/40_rollout.ipynb #8dd7f23f
 @partial(jax.jit, static_argnames="model")
@@ -40,7 +33,7 @@ def _go_on(model, variables, carry, frame, dt, length, segment):
         return (carry, x), x
 
     steps = dt if per_step else jnp.zeros(length)
-    return scan_in_chunks(lambda state, dt: jax.lax.scan(step, state, dt), (carry, frame), steps, segment or length or 1)
+    return scan_in_segments(lambda state, dt: jax.lax.scan(step, state, dt), (carry, frame), steps, segment or length or 1)
 
 
 def _split_dt(dt, T0):
@@ -107,7 +100,7 @@ def rollout(
     _check_history(history, n_steps, dt, teacher_forcing)
     check_positive(segment=segment)
     dt = None if dt is None else jnp.asarray(dt)
-    carry, frames = _rollout(_inference(model), variables, history, n_steps, carry, dt, teacher_forcing, segment)
+    carry, frames = _rollout(inference(model), variables, history, n_steps, carry, dt, teacher_forcing, segment)
     return (frames, carry) if return_carry else frames
 
 # %% ../nbs/40_rollout.ipynb #06fc29dc
@@ -167,7 +160,7 @@ def rollout_stream(
     _check_history(history, n_steps, dt)
     check_positive(chunk=chunk)
     dt = None if dt is None else jnp.asarray(dt)
-    return _pieces(_inference(model), variables, history, n_steps, chunk, carry, dt)
+    return _pieces(inference(model), variables, history, n_steps, chunk, carry, dt)
 
 # %% ../nbs/40_rollout.ipynb #8c444c7c
 def write_rollout(

@@ -6,23 +6,25 @@
 __all__ = ['S4D_POLES', 'S4D', 'DPLRSystem', 'kernel_dplr', 'discretize_dplr', 'untruncate', 'S4']
 
 # %% ../nbs/23_s4.ipynb #bc3cee3f
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .contract import SSMLayer, check_choice, check_even, check_positive, check_steps
+from .checks import check_choice, check_even, check_positive, check_steps
+from .contract import SSMLayer
 from .convolution import causal_convolution
-from .diagonal import DiagonalBank, to_complex, visible
-from .discretization import DISCRETIZATIONS, clip_poles
+from .discretization import DISCRETIZATIONS, clip_poles, log_step_initializer
 from .hippo import dplr, nplr, transition
-from .s5 import log_step_initializer
+from .system import DiagonalBank, System, to_complex
 
 # %% ../nbs/23_s4.ipynb #dd84de7a
 class _PerFeature(SSMLayer):
     "What S4D and S4 share: poles, output vector, feedthrough and step of each feature."
+
+    pole_parameters = ("Lambda_re", "Lambda_im", "log_step", "P")
 
     def __post_init__(self):
         check_positive(d_model=self.d_model, n_steps=self.n_steps)
@@ -43,11 +45,9 @@ class _PerFeature(SSMLayer):
         self.D = self.param("D", nn.initializers.normal(1.0), (self.d_model,))
         self.log_step = self.param("log_step", log_step_initializer(self.dt_min, self.dt_max), (self.d_model,))
 
-    def _continuous(self, dt):
-        "Lambda (H, N/2) and Delta (H,) or (L, H)."
-        Delta = self.step_rescale * jnp.exp(self.log_step)
-        Lambda = jax.lax.complex(clip_poles(self.Lambda_re), self.Lambda_im)
-        return Lambda, Delta if dt is None else Delta * dt[..., None]
+    def _continuous(self):
+        "Lambda (H, N/2) and Delta (H,)."
+        return jax.lax.complex(clip_poles(self.Lambda_re), self.Lambda_im), self.step_rescale * jnp.exp(self.log_step)
 
 # %% ../nbs/23_s4.ipynb #78400994
 S4D_POLES = ("legs", "inv", "lin")
@@ -90,87 +90,72 @@ class S4D(_PerFeature):
         self._poles_and_readout(Lambda)
         self.B = self._start("B", np.ones_like(Lambda))
 
-    def system(self, dt):
-        Lambda, Delta = self._continuous(dt)
-        Lambda_bar, gamma = DISCRETIZATIONS[self.discretization](Lambda, Delta[..., None])
-        flat = lambda x: jax.lax.collapse(jnp.broadcast_to(x, Lambda_bar.shape), Lambda_bar.ndim - 2)
-        return DiagonalBank(flat(Lambda_bar), flat(gamma), to_complex(self.B), 2 * to_complex(self.C), self.D)
+    def system(self):
+        (Lambda, Delta), rule = self._continuous(), DISCRETIZATIONS[self.discretization]
+        step = lambda dt: rule(Lambda, (Delta if dt is None else Delta * dt)[..., None])
+        return DiagonalBank(step, to_complex(self.B), 2 * to_complex(self.C), self.D)
 
 # %% ../nbs/23_s4.ipynb #d0b9c091
 def _bilinear_map(system, Delta):
-    "What a step of length Delta (H,) needs: half of it, G and the inverse of the r × r matrix."
-    half = Delta[:, None] / 2
+    "What a step of length Delta (…, H) needs: half of it, G and the inverse of the r × r matrix."
+    half = Delta[..., None] / 2
     G = 1 / (1 - half * system.Lambda)
-    inner = 2 * jnp.einsum("hrn,hn,hsn->hrs", system.P.conj(), G, system.P).real
-    return half, G, jnp.linalg.inv(jnp.eye(inner.shape[-1]) + half[..., None] * inner)
+    inner = 2 * jnp.einsum("hrn,...hn,hsn->...hrs", system.P.conj(), G, system.P).real
+    return half, G, jnp.linalg.inv(jnp.eye(inner.shape[-1], dtype=inner.dtype) + half[..., None] * inner)
 
 
 def _bilinear_step(system, step_map, x, u_k, mask, reset):
-    "One step of the states x (H, N/2), by what `_bilinear_map` made of its length."
+    "One step of the states x (…, H, N/2), by what `_bilinear_map` made of its length."
     half, G, inverse = step_map
-    held = x if reset is None else jnp.where(reset, 0, x)
-    low_rank = lambda s: jnp.einsum("hrn,hr->hn", system.P, s)
-    seen = lambda x: 2 * jnp.einsum("hrn,hn->hr", system.P.conj(), x).real
-    b = held + half * (system.Lambda * held - low_rank(seen(held)) + 2 * system.B * u_k[:, None])
-    new = G * (b - half * low_rank(jnp.einsum("hrs,hs->hr", inverse, seen(G * b))))
-    return new if mask is None else jnp.where(mask, new, held)
+    held = x if reset is None else jnp.where(reset[..., None, None], 0, x)
+    low_rank = lambda s: jnp.einsum("hrn,...hr->...hn", system.P, s)
+    seen = lambda x: 2 * jnp.einsum("hrn,...hn->...hr", system.P.conj(), x).real
+    b = held + half * (system.Lambda * held - low_rank(seen(held)) + 2 * system.B * u_k[..., None])
+    new = G * (b - half * low_rank(jnp.einsum("...hrs,...hs->...hr", inverse, seen(G * b))))
+    return new if mask is None else jnp.where(mask[..., None, None], new, held)
 
 # %% ../nbs/23_s4.ipynb #abe7411a
-class DPLRSystem(NamedTuple):
-    "H separate systems in halved diagonal + low-rank form, stepped by the bilinear rule."
+@dataclass(frozen=True)
+class DPLRSystem(System):
+    "H separate systems in halved diagonal + low-rank form, stepped by the bilinear rule; the state is (*lead, H, N/2)."
 
     Lambda: jax.Array  # (H, N/2) poles in continuous time, one of each conjugate pair
     P: jax.Array  # (H, r, N/2) low-rank factor
     B: jax.Array  # (H, N/2) input vectors
     C: jax.Array  # (H, N/2) output vectors
-    Delta: jax.Array  # (H,) or (L, H) steps
-    D: jax.Array | None = None  # (H,) feedthrough; None has none
+    Delta: jax.Array  # (H,) steps; (…, H) for samples with steps of their own
+    D: jax.Array | None = None  # (H,) feedthrough
+    l_max: int | None = None  # longest sequence that may be run whole
+    step_map: tuple | None = None  # of `_bilinear_map`, where all steps are alike
 
-    def zero_state(self):
-        "(H, N/2)"
-        return jnp.zeros_like(self.Lambda)
+    def at(self, dt):
+        Delta = self.Delta if dt is None else self.Delta * dt
+        return replace(self, Delta=Delta, step_map=_bilinear_map(self, Delta))
 
-    def states(self, u, x0=None, mask=None, reset=None):
-        "A stretch u (L, H) from a state (None is zero), one step after the other: states (L, H, N/2), outputs (L, H)."
-        return self._steps(u, x0, mask, reset, lambda x: x)[1]
+    def zero_state(self, lead):
+        return jnp.zeros((*lead, *self.Lambda.shape), self.Lambda.dtype)
 
-    def run(self, u, x0=None, mask=None, reset=None):
-        "A stretch u (L, H) from a state (None is zero): last state (H, N/2), outputs (L, H)."
-        x, (_, y) = self._steps(u, x0, mask, reset, lambda x: None)
-        return x, y
-
-    def _steps(self, u, x0, mask, reset, keep):
-        "Last state, and for each step what `keep` makes of its state, and the output."
-        x0 = self.zero_state() if x0 is None else x0
-        if not len(u):
-            return x0, (keep(jnp.zeros((0, *x0.shape), x0.dtype)), u)
-        per_step = self.Delta if self.Delta.ndim == 2 else None
-        constant = None if per_step is not None else _bilinear_map(self, self.Delta)
+    def states(self, u, x, times, reverse=False, backend="auto"):
+        "One step after the other: a low-rank matrix has no cheap powers, so there is but one backend."
+        front = lambda z: jnp.moveaxis(z, times.axis, 0)
 
         def step(x, at):
-            u_k, Delta_k, mask_k, reset_k = at
-            x = _bilinear_step(self, constant or _bilinear_map(self, Delta_k), x, u_k, mask_k, reset_k)
-            return x, (keep(x), self._observe(x, u_k))
+            u_k, dt_k, mask_k, reset_k = at
+            step_map = self.step_map if dt_k is None else _bilinear_map(self, self.Delta * dt_k[..., None])
+            x = _bilinear_step(self, step_map, x, u_k, mask_k, reset_k)
+            return x, x
 
-        return jax.lax.scan(step, x0, (visible(u, mask), per_step, mask, reset))
+        steps = jax.tree.map(front, (u, times.dt, times.mask, times.reset))
+        return jnp.moveaxis(jax.lax.scan(step, x, steps, reverse=reverse)[1], 0, times.axis)
 
-    def advance(self, x, u_k, mask=None, reset=None):
-        "One step from a state x (H, N/2), with u_k (H,): state (H, N/2), output (H,)."
-        u_k = visible(u_k, mask)
-        x = _bilinear_step(self, _bilinear_map(self, self.Delta), x, u_k, mask, reset)
-        return x, self._observe(x, u_k)
+    def observe(self, x, u):
+        return 2 * jnp.sum(self.C.real * x.real - self.C.imag * x.imag, -1)
 
-    def whole(self, u, mask=None, reset=None):
-        "Outputs (L, H) of a complete sequence: a convolution where that is possible, else step by step."
-        if mask is not None or reset is not None or self.Delta.ndim == 2:
-            return self.run(u, None, mask, reset)[1]
-        K = jax.vmap(lambda *parts: kernel_dplr(*parts, len(u)))(self.Lambda, self.P, self.B, self.C, self.Delta)
-        y = causal_convolution(u, K.T)
-        return y if self.D is None else y + self.D * u
-
-    def _observe(self, x, u):
-        y = 2 * jnp.sum(self.C.real * x.real - self.C.imag * x.imag, -1)
-        return y if self.D is None else y + self.D * u
+    def convolve(self, u, axis):
+        if self.Delta.ndim > 1:
+            return None  # a kernel for each sample
+        kernel = lambda *parts: kernel_dplr(*parts, u.shape[axis])
+        return causal_convolution(u, jax.vmap(kernel)(self.Lambda, self.P, self.B, self.C, self.Delta).T, axis)
 
 # %% ../nbs/23_s4.ipynb #1a27fc97
 def kernel_dplr(
@@ -196,8 +181,6 @@ def kernel_dplr(
     K = jnp.fft.irfft(K_hat, M) if conj_sym else jnp.fft.ifft(K_hat).real
     return K[:L] / jnp.asarray(shrink ** np.arange(L), K.dtype)
 
-
-
 # %% ../nbs/23_s4.ipynb #fc0b4fd9
 def discretize_dplr(
     Lambda: jax.Array,  # (N,) poles in continuous time, all of them
@@ -212,8 +195,6 @@ def discretize_dplr(
     inner = jnp.eye(len(P)) + (P.conj() * G) @ P.T
     backward = jnp.diag(G) - (G[:, None] * P.T) @ jnp.linalg.solve(inner, P.conj() * G)
     return backward @ forward, 2 * backward @ B
-
-
 
 # %% ../nbs/23_s4.ipynb #d5641c9d
 def untruncate(
@@ -262,6 +243,6 @@ class S4(_PerFeature):
         self._poles_and_readout(form.Lambda)
         self.P, self.B = self._start("P", form.P), self._start("B", form.B)
 
-    def system(self, dt):
-        Lambda, Delta = self._continuous(dt)
-        return DPLRSystem(Lambda, *map(to_complex, (self.P, self.B, self.C)), Delta, self.D)
+    def system(self):
+        Lambda, Delta = self._continuous()
+        return DPLRSystem(Lambda, *map(to_complex, (self.P, self.B, self.C)), Delta, self.D, self.l_max)

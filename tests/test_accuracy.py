@@ -1,12 +1,14 @@
 """Long times, small and large steps, and rough training, against double precision and exact values."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from sweep import KEY, enable_x64, noise
 
-from ssm_lib import DSS, LRU, S4, S4D, S5SSM, LRUDynamics, linear_scan, scan
+from ssm_lib import DSS, LRU, S4, S4D, S5SSM, LRUDynamics, Plan, linear_scan
 from ssm_lib.discretization import DISCRETIZATIONS, clip_poles
 from ssm_lib.scan import SCAN_BACKENDS
 
@@ -27,19 +29,20 @@ def test_a_million_steps(backend):
 
 
 @pytest.mark.usefixtures("quick_compilation")
-def test_a_long_layer(monkeypatch):
-    "Both directions, in the chunks and by the scan of long sequences: values and gradients against a plain double precision loop."
-    L, layer = 2**14 + 5, S5SSM(4, 64, blocks=4, bidirectional=True)
+def test_a_long_layer():
+    "Both directions, in segments and by the scan of long sequences: values and gradients against a plain double precision loop."
+    L, make = 2**14 + 5, partial(S5SSM, 4, 64, blocks=4, bidirectional=True)
+    layer, plain = make(plan=Plan("lanes")), make(plan=Plan("sequential", segment=2**15))
     u, w = noise(L, 4), noise(L, 4, seed=1)
     v = jax.jit(layer.init)(KEY, u[:9])
-    run = lambda v, u: jax.value_and_grad(lambda v, u: (jnp.mean(w * layer.apply(v, u)), layer.apply(v, u)), (0, 1), has_aux=True)(v, u)
-    picked = []
-    monkeypatch.setattr(scan, "_pick", lambda *shape, own=scan._pick: picked.append(own(*shape)) or picked[-1])
-    (_, y), grads = jax.jit(run)(v, u)
-    assert "chunked" in picked
-    monkeypatch.setattr(scan, "_pick", lambda *_: "sequential")
+
+    def run(layer, v, u):
+        loss = lambda v, u: (jnp.mean(w * layer.apply(v, u)), layer.apply(v, u))
+        return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(v, u)
+
+    (_, y), grads = run(layer, v, u)
     with enable_x64(True):
-        (_, exact), slopes = jax.jit(run)(*jax.tree.map(lambda p: jnp.asarray(p, jnp.float64), (v, u)))
+        (_, exact), slopes = run(plain, *jax.tree.map(lambda p: jnp.asarray(p, jnp.float64), (v, u)))
     for got, want in zip(jax.tree.leaves((y, grads)), jax.tree.leaves((exact, slopes))):
         np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())
 
@@ -125,7 +128,7 @@ def walk(params, worst, updates=10_000):
 @pytest.mark.parametrize("layer", WALKERS.values(), ids=WALKERS)
 def test_poles_stay_inside_over_ten_thousand_noisy_updates(layer):
     params = jax.jit(layer.init)(KEY, noise(3, 2))
-    sizes = walk(params, lambda p: jnp.abs(layer.apply(p, None, method="system").Lambda_bar).max())
+    sizes = walk(params, lambda p: jnp.abs(layer.apply(p, method="system").step(None)[0]).max())
     assert np.isfinite(sizes).all() and sizes.max() <= INSIDE
 
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from sweep import EQUAL_STEPS_ONLY, KEY, LAYERS, WHOLE_ONLY, by_step, close, enable_x64, in_pieces, noise
 
-from ssm_lib import DSS, LRU, S5SSM, BatchStackedSSM2DModel, BatchStackedSSMModel, LRUDynamics, SequenceLayer, rollout, scan
+from ssm_lib import DSS, LRU, S5SSM, BatchStackedSSM2DModel, BatchStackedSSMModel, LRUDynamics, Plan, SequenceLayer, StackedSSM, rollout
 from ssm_lib.blocks import ACTIVATIONS, NORMS
+from ssm_lib.scan import SCAN_BACKENDS
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -43,9 +44,10 @@ def test_layer_pieces_and_steps(name):
 
 
 @pytest.mark.parametrize("name", ("s5_zoh", "lru"))
-@pytest.mark.parametrize("backend", [name for name in scan.SCAN_BACKENDS if name != "sequential"])
+@pytest.mark.parametrize("backend", [name for name in SCAN_BACKENDS if name != "sequential"])
 def test_laws_hold_for_the_other_scans(name, backend, monkeypatch):
-    monkeypatch.setattr(scan, "_pick", lambda *_: backend)
+    ssm, tolerance = LAYERS[name]
+    monkeypatch.setitem(LAYERS, name, (partial(ssm, plan=Plan(backend, segment=300)), tolerance))
     test_layer_pieces_and_steps(name)
     test_layer_times(name)
 
@@ -277,7 +279,9 @@ def test_lru_dynamics(steps):
 
 
 BAD = {
-    "rank": (lambda: S5SSM(4, 32).init(KEY, jnp.ones((2, 5, 4))), "expected \\(L, 4\\)"),
+    "rank": (lambda: S5SSM(4, 32).init(KEY, jnp.ones(4)), "expected \\(…, L, 4\\)"),
+    "batch": (lambda: BatchStackedSSMModel(SMALL, 4, 1, 1).init(KEY, jnp.ones((5, 4, 1))), "expected \\(B, T, 4, 1\\)"),
+    "time": (lambda: LRU(16, 4).init(KEY, jnp.ones((2, 5, 4)), axis=2), "axis"),
     "size": (lambda: LRU(16, 4).init(KEY, jnp.ones((5, 3))), "d_model"),
     "blocks": (lambda: S5SSM(4, 20), "divisible"),
     "odd": (lambda: S5SSM(4, 48), "odd"),

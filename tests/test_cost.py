@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import pytest
 from sweep import KEY, LAYERS, WHOLE_ONLY, noise
 
-from ssm_lib import S5SSM, BatchStackedSSMModel, rollout, rollout_stream
-from ssm_lib.diagonal import chunk_steps
+from ssm_lib import S5SSM, BatchStackedSSMModel, Plan, rollout, rollout_stream
+from ssm_lib.run import segment_steps
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from speed import SHAPES, PublishedS5, geometric_mean, programs
@@ -32,15 +32,15 @@ def test_memory_of_the_gradient():
 @pytest.mark.parametrize("name", ("s5_zoh", "s5_bilinear", "s5_both", "lru"))
 def test_no_state_of_a_whole_sequence(name):
     "Neither forward nor in the gradient is there a complex array with an axis of the length of the sequence."
-    chunk = chunk_steps(0, 16)
-    L = 8 * chunk + 3
-    layer = (LAYERS | WHOLE_ONLY)[name][0](d_model=5)
+    segment = 256
+    L = 8 * segment + 3
+    layer = (LAYERS | WHOLE_ONLY)[name][0](d_model=5, plan=Plan(segment=segment))
     v = jax.jit(layer.init)(KEY, noise(8, 5))
     loss = lambda v, u: jnp.sum(layer.apply(v, u) ** 2)
     text = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(v, noise(L, 5)).compile().as_text()
     shapes = {tuple(map(int, s.split(","))) for s in re.findall(r"c64\[([\d,]+)\]", text)}
     assert shapes
-    elements = chunk * 16 * 2  # of a chunk of states, both directions
+    elements = segment * 16 * 2  # of a segment of states, both directions
     assert max(map(math.prod, shapes)) <= elements, shapes
 
 

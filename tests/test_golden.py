@@ -11,6 +11,7 @@ import pytest
 from ssm_lib import (
     LRU,
     S5SSM,
+    Plan,
     causal_convolution,
     complex_softmax,
     discretize_dense,
@@ -20,7 +21,6 @@ from ssm_lib import (
     make_DPLR_HiPPO,
     make_NPLR_HiPPO,
     run_dense,
-    scan,
 )
 from ssm_lib.convolution import kernel_poles
 from ssm_lib.discretization import zoh
@@ -64,7 +64,7 @@ LAYER_FILES = sorted(path for path in GOLDEN.glob("*.npz") if path.stem.split("_
 
 @pytest.mark.parametrize("backend", SCAN_BACKENDS)
 @pytest.mark.parametrize("path", LAYER_FILES, ids=lambda path: path.stem)
-def test_layer(path, backend, monkeypatch, request):
+def test_layer(path, backend, request):
     """Within 1e-5 of the truth, the same layer in float64, and of the golden value beyond the golden value's own error.
 
     One golden number is itself further than 1e-5 from float64: the gradient of Lambda_im in `s5_clip`, where the
@@ -72,9 +72,9 @@ def test_layer(path, backend, monkeypatch, request):
     """
     if backend != "sequential":
         request.getfixturevalue("quick_compilation")
-    monkeypatch.setattr(scan, "_pick", lambda *_: backend)
     data = load(path)
-    layer = LAYERS[path.stem.split("_")[0]](**{key: value.item() for key, value in group(data, "config/").items()})
+    config = {key: value.item() for key, value in group(data, "config/").items()}
+    layer = LAYERS[path.stem.split("_")[0]](**config, plan=Plan(backend))
     shapes = jax.tree.map(jnp.shape, layer.init(jax.random.PRNGKey(0), data["u"])["params"])
     assert shapes == {name: value.shape for name, value in group(data, "params/").items()}
 

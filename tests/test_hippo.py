@@ -101,7 +101,7 @@ def test_published_normal_forms(name):
 @each_case
 def test_rebuilt(measure, options, N):
     if not defined(measure, N):
-        with pytest.raises(ValueError, match="even order"):
+        with pytest.raises(ValueError, match="odd"):
             nplr(measure, N, **options)
         return
     A, P, B = nplr(measure, N, **options)
@@ -277,13 +277,13 @@ def test_dplr_is_a_pytree():
         (lambda: nplr("legendre", 4), "expected one of"),
         (lambda: nplr("lmu", 4), "Use 'legt'"),
         (lambda: dplr("glagt", 4, alpha=0.5), "alpha = 0"),
-        (lambda: dplr("legs", 5, conj_sym=True), "no partner"),
+        (lambda: dplr("legs", 5, conj_sym=True), "odd"),
         (lambda: dplr("diagonal", 4, conj_sym=True), "real poles"),
         (lambda: dplr("legs", 8, n_blocks=3), "not divisible"),
-        (lambda: dplr("legs", 12, conj_sym=True, n_blocks=4), "no partner"),
+        (lambda: dplr("legs", 12, conj_sym=True, n_blocks=4), "odd"),
         (lambda: Hippo(8, "lmu", dplr=True), "Use 'legt'"),
         (lambda: Hippo(8, "lmu").lambda_initializer("real"), "Use 'legt'"),
-        (lambda: Hippo(7, conj_sym=True), "no partner"),
+        (lambda: Hippo(7, conj_sym=True), "odd"),
         (lambda: Hippo(8, n_blocks=2), "block_diagonal=True"),
         (lambda: Hippo(8, block_diagonal=True, n_blocks=3), "not divisible"),
         (lambda: Hippo(8, block_diagonal=True, n_blocks=0), "integer ≥ 1"),
