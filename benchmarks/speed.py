@@ -17,25 +17,35 @@ from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ssm_lib import LRU, S5SSM, BatchStackedSSMModel, diagonal, linear_scan, scan
-from ssm_lib.diagonal import project, read_out, to_complex
+from ssm_lib import LRU, S5SSM, BatchStackedSSMModel, Plan, linear_scan
 from ssm_lib.scan import SCAN_BACKENDS, binary_operator
+from ssm_lib.system import project, read_out, to_complex
 
 SHAPES = ((8, 1024, 64, 64), (8, 1024, 128, 256), (4, 8192, 64, 64), (1, 65536, 64, 64))  # B, L, H, d_hidden
-KINDS = "forward", "gradient"
+WAYS = {
+    f"{loss}, {of}, {kind.__name__}": (loss, of, kind)
+    for loss in ("Σ y·w", "Σ y²") for of in ("parameters and input", "parameters") for kind in (jax.value_and_grad, jax.grad)
+}  # fmt: skip
+GRADIENT = next(iter(WAYS))  # the way of the other tables: Σ y·w, parameters and input, with the value
+KINDS = "forward", GRADIENT
 
 
 class PublishedS5(S5SSM):
     "The same layer as it was published (Smith et al. 2023, S5, appendix A): the complex products and the parallel scan."
 
-    def __call__(self, u, **_):
+    def stretch(self, u, carry, times):
+        one = self.sequence
+        for _ in range(u.ndim - 2):
+            one = jax.vmap(one)
+        return None, one(u)
+
+    def sequence(self, u):
         Delta = self.step_rescale * jnp.exp(self.log_step[:, 0])
         Lambda = self.Lambda_re + 1j * self.Lambda_im
         Lambda_bar = jnp.exp(Lambda * Delta)
@@ -49,8 +59,8 @@ class PublishedS5(S5SSM):
 class ProductsAlone(S5SSM):
     "Only the two matrix products of the layer: what no recurrence can do without."
 
-    def __call__(self, u, **_):
-        return read_out(2 * to_complex(self.Cs[0]), project(to_complex(self.B), u)) + self.D * u
+    def stretch(self, u, carry, times):
+        return None, read_out(2 * to_complex(self.Cs[0]), project(to_complex(self.B), u)) + self.D * u
 
 
 class RealProducts(PublishedS5):
@@ -58,22 +68,25 @@ class RealProducts(PublishedS5):
 
     scan: Callable = None
 
-    def __call__(self, u, **_):
-        system = self.system(None)
-        return system.observe(self.scan(system.Lambda_bar, project(system.gamma[:, None] * system.B, u)), u)
+    def sequence(self, u):
+        system = self.system()
+        Lambda_bar, gamma = system.step(None)
+        return system.observe(self.scan(Lambda_bar, project(gamma[:, None] * system.B, u)), u) + self.D * u
 
 
 LAYERS = {"published": PublishedS5, "ssm_lib": S5SSM, "products alone": ProductsAlone}
 
 
-def compiled(apply, v, u, w):
-    "Forward and value-and-gradient of Σ y·w over a batch, compiled and given their inputs; the temporary memory of each."
-    forward = lambda v, u: jax.vmap(lambda u: apply(v, u))(u)
-    loss = lambda v, u, w: jnp.sum(forward(v, u) * w)
-    made = {"forward": (jax.jit(forward), (v, u)), "gradient": (jax.jit(jax.value_and_grad(loss, (0, 1))), (v, u, w))}
-    made = {kind: (program.lower(*inputs).compile(), inputs) for kind, (program, inputs) in made.items()}
-    calls = {kind: partial(program, *inputs) for kind, (program, inputs) in made.items()}
-    return calls, {kind: program.memory_analysis().temp_size_in_bytes for kind, (program, _) in made.items()}
+def compiled(apply, v, u, w, ways=(GRADIENT,)):
+    "Forward and gradients over a batch, compiled and given their inputs; the temporary memory of each."
+    made = {"forward": (jax.jit(apply), (v, u))}
+    for way in ways:
+        loss, of, kind = WAYS[way]
+        total = {"Σ y·w": lambda v, u, w: jnp.sum(apply(v, u) * w), "Σ y²": lambda v, u, w: jnp.sum(apply(v, u) ** 2)}[loss]
+        made[way] = jax.jit(kind(total, 0 if of == "parameters" else (0, 1))), (v, u, w)
+    made = {name: (program.lower(*inputs).compile(), inputs) for name, (program, inputs) in made.items()}
+    calls = {name: partial(program, *inputs) for name, (program, inputs) in made.items()}
+    return calls, {name: program.memory_analysis().temp_size_in_bytes for name, (program, _) in made.items()}
 
 
 def sequences(B, L, H):
@@ -82,9 +95,9 @@ def sequences(B, L, H):
     return (jnp.asarray(rng.normal(size=(B, L, H)), jnp.float32) for _ in range(2))
 
 
-def programs(layer, B, L, H):
+def programs(layer, B, L, H, ways=(GRADIENT,)):
     u, w = sequences(B, L, H)
-    return compiled(layer.apply, jax.jit(layer.init)(jax.random.PRNGKey(0), u[0]), u, w)
+    return compiled(layer.apply, jax.jit(layer.init)(jax.random.PRNGKey(0), u[0]), u, w, ways)
 
 
 def interleaved(groups, seconds, turns=4):
@@ -108,29 +121,38 @@ def interleaved(groups, seconds, turns=4):
     return {key: {name: quartiles(t) for name, t in group.items()} for key, group in times.items()}
 
 
-def timed_rows(made, seconds):
-    "A row {shape, forward, gradient} for each shape of {shape: {name: programs}}."
-    groups = {(at, kind): {name: calls[kind] for name, calls in by_name.items()} for at, by_name in made.items() for kind in KINDS}
+def timed_rows(made, seconds, kinds=KINDS):
+    "A row {shape, and times of each kind} for each shape of {shape: {name: programs}}."
+    groups = {(at, kind): {name: calls[kind] for name, calls in by_name.items()} for at, by_name in made.items() for kind in kinds}
     times = interleaved(groups, seconds)
-    return [{"shape": list(at), **{kind: times[at, kind] for kind in KINDS}} for at in made]
+    return [{"shape": list(at), **{kind: times[at, kind] for kind in kinds}} for at in made]
 
 
 def against_published(seconds):
-    "Time and memory at each shape."
+    "Time and memory at each shape, the gradient asked for in all ways; beside it plain products of the same size."
     made, known = {}, []
     for at in SHAPES:
         B, L, *size = at
-        layers = {name: programs(cls(*size, blocks=8), B, L, size[0]) for name, cls in LAYERS.items()}
+        layers = {name: programs(cls(*size, blocks=8), B, L, size[0], WAYS) for name, cls in LAYERS.items()}
         outputs = {name: np.asarray(layers[name][0]["forward"]()) for name in ("published", "ssm_lib")}
         difference = np.abs(outputs["ssm_lib"] - outputs["published"]).max() / np.abs(outputs["published"]).max()
         if not difference < 1e-4:
             raise AssertionError(f"the two formulations differ by {difference:.1e} at {at}")
         made[at] = {name: calls for name, (calls, _) in layers.items()}
         known.append({"difference": float(difference), "memory": {name: memory for name, (_, memory) in layers.items()}})
-    rows = [{**row, **more} for row, more in zip(timed_rows(made, seconds), known)]
+    rows = timed_rows(made, seconds, ("forward", *WAYS))
+    plain = interleaved({at: {"product": plain_product(*at)} for at in SHAPES}, seconds / 4)
+    rows = [{**row, **more, "product": plain[tuple(row["shape"])]["product"]} for row, more in zip(rows, known)]
     for row in rows:
-        print(f"  {row['shape']}: forward × {ratio(row, 'forward'):.1f}, gradient × {ratio(row, 'gradient'):.1f}", flush=True)
+        print(f"  {row['shape']}: forward × {ratio(row, 'forward'):.1f}, gradient × {ratio(row, GRADIENT):.1f}", flush=True)
     return rows
+
+
+def plain_product(B, L, H, d_hidden):
+    "One real product of the layer's size, of which it needs two forwards and six with the gradient of everything."
+    u, _ = sequences(1, B * L, H)
+    M = jnp.ones((H, d_hidden), jnp.float32)
+    return partial(jax.jit(jnp.matmul).lower(u[0], M).compile(), u[0], M)
 
 
 def ratio(row, kind, other="published"):
@@ -139,33 +161,28 @@ def ratio(row, kind, other="published"):
 
 def techniques(seconds):
     "What each technique brings, one after the other, at two shapes."
-    plain = lambda a, b: SCAN_BACKENDS["associative"](a, b, jnp.zeros_like(b[0]), False, None)  # differentiated by JAX
+    plain = lambda a, b: jax.lax.associative_scan(binary_operator, (jnp.broadcast_to(a, b.shape), b))[1]  # differentiated by JAX
     tree, loop = (partial(linear_scan, backend=backend) for backend in ("associative", "sequential"))
     published, chosen, ours = (partial(cls, blocks=8) for cls in (PublishedS5, RealProducts, S5SSM))
     steps = {
-        "as published": published, "real products": partial(chosen, scan=plain), "the scan's own derivative": partial(chosen, scan=tree),
-        "a loop for the tree": partial(chosen, scan=loop), "values in place": partial(chosen, scan=loop), "in chunks": ours,
-        "lanes in long chunks": ours,
+        "as published": published, "real products": partial(chosen, scan=plain), "a derivative that is a scan": partial(chosen, scan=tree),
+        "a loop for the tree, in place": partial(chosen, scan=loop), "in segments": partial(ours, plan=Plan("sequential")),
+        "lanes in long segments": ours,
     }  # fmt: skip
     made, memory = {}, []
     for at in SHAPES[2:]:
         B, L, *size = at
-        layers = {}
-        for name, layer in steps.items():
-            pick = (lambda *_: "sequential") if name == "in chunks" else scan._pick
-            values = scan._transposable if name == "a loop for the tree" else scan._in_place
-            with mock.patch.object(scan, "_pick", pick), mock.patch.object(scan, "_in_place", values):
-                layers[name] = programs(layer(*size), B, L, size[0])
+        layers = {name: programs(layer(*size), B, L, size[0]) for name, layer in steps.items()}
         made[at] = {name: calls for name, (calls, _) in layers.items()}
-        memory.append({name: planned["gradient"] for name, (_, planned) in layers.items()})
+        memory.append({name: planned[GRADIENT] for name, (_, planned) in layers.items()})
     return [{**row, "memory": planned} for row, planned in zip(timed_rows(made, seconds), memory)]
 
 
 def over_length(lengths, seconds):
     "Gradient of one sequence, H = d_hidden = 64, against its length."
     made = {L: programs(S5SSM(64, 64, blocks=8), 1, L, 64) for L in lengths}
-    times = interleaved({L: {"ssm_lib": calls["gradient"]} for L, (calls, _) in made.items()}, seconds)
-    return [{"L": L, "time": times[L]["ssm_lib"], "memory": memory["gradient"]} for L, (_, memory) in made.items()]
+    times = interleaved({L: {"ssm_lib": calls[GRADIENT]} for L, (calls, _) in made.items()}, seconds)
+    return [{"L": L, "time": times[L]["ssm_lib"], "memory": memory[GRADIENT]} for L, (_, memory) in made.items()]
 
 
 def scan_backends(seconds):
@@ -183,19 +200,18 @@ def scan_backends(seconds):
 
 
 def scans_in_layers(seconds):
-    "A layer and its gradient with each backend, over shapes: what the choice brings where products and chunks surround the scan."
+    "A layer and its gradient with each backend, over shapes: what the choice brings where products and segments surround the scan."
     made = {}
     for at in ((1, 1024, 32, 32), (8, 1024, 64, 64), (1, 4096, 32, 32), (8, 4096, 64, 64), (1, 4096, 128, 256)):
         B, L, *size = at
         made[at] = {}
         for backend in SCAN_BACKENDS:
-            with mock.patch.object(scan, "_pick", lambda *_, backend=backend: backend):
-                made[at][backend] = programs(S5SSM(*size, blocks=4), B, L, size[0])[0]
+            made[at][backend] = programs(S5SSM(*size, blocks=4, plan=Plan(backend)), B, L, size[0])[0]
     return timed_rows(made, seconds)
 
 
-def chunk_sizes(seconds):
-    "Gradient with chunks of other sizes than the library's own choice."
+def segment_sizes(seconds):
+    "Gradient with segments of other sizes than the library's own choice."
     calls, memory = {}, {}
     for at in SHAPES:
         B, L, *size = at
@@ -203,9 +219,8 @@ def chunk_sizes(seconds):
         for steps in (128, 256, 512, 1024, 2048, 4096):
             if steps > L:
                 break
-            with mock.patch.object(diagonal, "chunk_steps", lambda *_, steps=steps: steps):
-                made, planned = programs(S5SSM(*size, blocks=8), B, L, size[0])
-            calls[at][steps], memory[at, steps] = made["gradient"], planned["gradient"]
+            made, planned = programs(S5SSM(*size, blocks=8, plan=Plan(segment=steps)), B, L, size[0])
+            calls[at][steps], memory[at, steps] = made[GRADIENT], planned[GRADIENT]
     times = interleaved(calls, seconds)
     return [{"shape": list(at), "size": steps, "time": times[at][steps], "memory": m} for (at, steps), m in memory.items()]
 
@@ -240,9 +255,10 @@ def against_peers(seconds, B=4, L=2048, H=64, P=64):
     layers = {"ssm_lib": (here.apply, jax.jit(here.init)(jax.random.PRNGKey(0), u[0])), **peers(H, P)}
     if len(layers) == 1:
         return {}
-    made = {name: compiled(apply, v, u, w) for name, (apply, v) in layers.items()}
+    over = lambda name, apply: apply if name == "ssm_lib" else jax.vmap(apply, (None, 0))
+    made = {name: compiled(over(name, apply), v, u, w) for name, (apply, v) in layers.items()}
     (row,) = timed_rows({(B, L, H, P): {name: calls for name, (calls, _) in made.items()}}, seconds)
-    return {**row, "memory": {name: memory["gradient"] for name, (_, memory) in made.items()}}
+    return {**row, "memory": {name: memory[GRADIENT] for name, (_, memory) in made.items()}}
 
 
 def compile_times(repeats):
@@ -293,23 +309,36 @@ def ms(quartiles):
     return f"{median:.3g} [{low:.3g}, {high:.3g}]"
 
 
+def saved(row, way=GRADIENT):
+    "How many times less temporary memory than the published formulation."
+    return row["memory"]["published"][way] / row["memory"]["ssm_lib"][way]
+
+
 def means(rows):
-    "Geometric means over shapes: published over ours, forward, gradient and memory."
-    saved = [row["memory"]["published"]["gradient"] / row["memory"]["ssm_lib"]["gradient"] for row in rows]
-    return *(geometric_mean([ratio(row, kind) for row in rows]) for kind in KINDS), geometric_mean(saved)
+    "Geometric means over shapes, of the gradient over shapes and ways: published over ours; the worst gradient of a row."
+    over = lambda value: geometric_mean([value(row, way) for row in rows for way in WAYS])
+    worst = min(ratio(row, way) for row in rows for way in WAYS)
+    return geometric_mean([ratio(row, "forward") for row in rows]), over(ratio), worst, over(saved)
 
 
 def published_table(rows):
-    head = ["B, L, H, d_hidden", "forward ×", "gradient ×", "memory ÷", "forward ms", "gradient ms", "memory MB"]
+    head = ["B, L, H, d_hidden", "forward ×", "gradient ×", "worst ×", "memory ÷", "forward ms", "gradient ms", "memory MB"]
     lines = []
     for row in rows:
-        ours = row["memory"]["ssm_lib"]["gradient"]
+        share = lambda kind, n, row=row: f"{n * row['product'][1] / row[kind]['ssm_lib'][1]:.0%}"
         lines.append([
-            shape(row), *(f"{mean:.1f}" for mean in means([row])), ms(row["forward"]["ssm_lib"]), ms(row["gradient"]["ssm_lib"]),
-            f"{ours / 1e6:.1f}", f"{1 / ratio(row, 'gradient', 'products alone'):.2f}",
+            shape(row), *(f"{mean:.1f}" for mean in means([row])), ms(row["forward"]["ssm_lib"]), ms(row[GRADIENT]["ssm_lib"]),
+            f"{row['memory']['ssm_lib'][GRADIENT] / 1e6:.1f}", f"{1 / ratio(row, GRADIENT, 'products alone'):.2f}",
+            f"{share('forward', 2)}, {share(GRADIENT, 6)}",
         ])  # fmt: skip
-    last = ["**geometric mean**", *(f"**{mean:.1f}**" for mean in means(rows)), "", "", "", ""]
-    return table([*head, "gradient ÷ products alone"], [*lines, last])
+    last = ["**geometric mean; worst**", *(f"**{mean:.1f}**" for mean in means(rows)), "", "", "", "", ""]
+    return table([*head, "gradient ÷ products alone", "share of plain products"], [*lines, last])
+
+
+def ways_table(rows):
+    "Gradient by the way it is asked for: published over ours in time and memory, at each shape."
+    lines = [[way, *(f"{ratio(row, way):.1f} × ÷ {saved(row, way):.1f}" for row in rows)] for way in WAYS]
+    return table(["gradient of", *map(shape, rows)], lines)
 
 
 def shape(row):
@@ -318,7 +347,7 @@ def shape(row):
 
 def named_table(r):
     "Rows by name: forward, gradient, memory of the gradient."
-    rows = [[name, ms(r["forward"][name]), ms(r["gradient"][name]), f"{r['memory'][name] / 1e6:.1f}"] for name in r["memory"]]
+    rows = [[name, ms(r["forward"][name]), ms(r[GRADIENT][name]), f"{r['memory'][name] / 1e6:.1f}"] for name in r["memory"]]
     return table([shape(r), "forward ms", "gradient ms", "memory MB"], rows)
 
 
@@ -329,29 +358,33 @@ def length_table(rows):
 
 
 def backends_table(head, rows):
-    lines = [[shape(row), kind, *map(ms, row[kind].values())] for row in rows for kind in KINDS]
+    names = dict(zip(KINDS, ("forward", "gradient")))
+    lines = [[shape(row), names[kind], *map(ms, row[kind].values())] for row in rows for kind in KINDS]
     return table([head, "ms", *rows[0]["forward"]], lines)
 
 
 def tables(r):
     "Every table of the results, by name, in Markdown."
-    chunks = [[shape(row), row["size"], ms(row["time"]), f"{row['memory'] / 1e6:.1f}"] for row in r["chunk sizes"]]
+    chunks = [[shape(row), row["size"], ms(row["time"]), f"{row['memory'] / 1e6:.1f}"] for row in r["segment sizes"]]
     made = {
-        "against published": published_table(r["against published"]), "techniques": "\n\n".join(map(named_table, r["techniques"])),
+        "against published": published_table(r["against published"]), "ways": ways_table(r["against published"]),
+        "techniques": "\n\n".join(map(named_table, r["techniques"])),
         "over length": length_table(r["over length"]), "scan": backends_table("L, P", r["scan"]),
         "scan in a layer": backends_table("B, L, H, d_hidden", r["scan in a layer"]),
-        "chunk sizes": table(["B, L, H, d_hidden", "steps in a chunk", "gradient ms", "memory MB"], chunks),
+        "segment sizes": table(["B, L, H, d_hidden", "steps in a segment", "gradient ms", "memory MB"], chunks),
     }  # fmt: skip
     return made | ({"peers": named_table(r["peers"])} if r["peers"] else {})
 
 
 NOTES = {
-    "against published": "Times (×) and temporary memory of the gradient (÷) of the published formulation over ours.",
+    "against published": "Times (×) and temporary memory of the gradient (÷) of the published formulation over ours; gradients in "
+    "the mean over all ways of asking for one, and the worst. The other columns: of Σ y·w, parameters and input, with the value.",
+    "ways": "The same by what is summed, what is differentiated, and whether the value is wanted too.",
     "techniques": "B, L, H, d_hidden as said; each row adds one technique to the row above.",
     "over length": "Gradient of one sequence, H = d_hidden = 64.",
-    "scan": "The bare recurrence; *one pass* multiplies by the poles instead: the same input and output, and no states kept for the gradient.",
+    "scan": "The bare recurrence; *one pass* multiplies by the poles instead: the same input and output, no states kept.",
     "scan in a layer": "The same choice inside an S5 layer of d_hidden / 2 poles.",
-    "chunk sizes": "Other lengths of chunks than the library's own.",
+    "segment sizes": "Other lengths of segments than the library's own.",
     "peers": "An LRU through other libraries; B, L, H, P as said.",
 }
 
@@ -376,10 +409,10 @@ def main():
     result["techniques"] = techniques(seconds / 2)
     print("over length", flush=True)
     result["over length"] = over_length(lengths, seconds / 2)
-    print("scans, chunks, peers", flush=True)
+    print("scans, segments, peers", flush=True)
     result["scan"] = scan_backends(seconds / 5)
     result["scan in a layer"] = scans_in_layers(seconds / 5)
-    result["chunk sizes"] = chunk_sizes(seconds / 4)
+    result["segment sizes"] = segment_sizes(seconds / 4)
     result["peers"] = against_peers(seconds)
     print("compile time", flush=True)
     result["compile"] = compile_times(1 if args.quick else 3)

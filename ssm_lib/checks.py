@@ -8,7 +8,7 @@ __all__ = ['check_positive', 'check_even', 'check_divides', 'check_choice', 'che
 # %% ../nbs/00_checks.ipynb #1929e8e3
 import numbers
 
-# %% ../nbs/00_checks.ipynb #2686eb6f
+# %% ../nbs/00_checks.ipynb #f7f37314
 def check_positive(**sizes):
     "Raise a ValueError for a size that is not an integer ≥ 1 (None passes: it means not set)."
     for name, size in sizes.items():
@@ -18,15 +18,12 @@ def check_positive(**sizes):
             raise ValueError(f"{name} is {size!r}; expected an integer ≥ 1.")
 
 
-def check_even(**sizes):
-    "Raise a ValueError for a size that is odd: one pole of each conjugate pair is kept."
+def check_even(why="poles come in conjugate pairs", **sizes):
+    "Raise a ValueError for a size that is odd, where things come in pairs."
     check_positive(**sizes)
     for name, size in sizes.items():
         if size % 2:
-            raise ValueError(
-                f"{name} is {size}, which is odd; expected an even size, as poles come in conjugate pairs. Use {size + 1}, "
-                "or keep all poles (conj_sym=False) where that is offered."
-            )
+            raise ValueError(f"{name} is {size}, which is odd; expected an even size, as {why}. Use {size + 1}.")
 
 
 def check_divides(whole: dict, parts: dict):

@@ -89,8 +89,7 @@ def _glagt(N, alpha=0.0, beta=0.01):
 # %% ../nbs/10_hippo.ipynb #dfe4e8db
 def _waves(N):
     "Frequencies 0, 0, 1, 1, … as a skew matrix of rotations, and the basis (1, 0, √2 cos, √2 sin, …) at the end point 0."
-    if N % 2:
-        raise ValueError(f"N is {N}; expected an even order, as cosines and sines come in pairs. Use N = {N + 1}.")
+    check_even("cosines and sines come in pairs", N=N)
     S, k = np.zeros((N, N)), np.arange(0, N, 2)
     S[k + 1, k], S[k, k + 1] = k / 2, -k / 2
     return S, np.where(np.arange(N) % 2 == 0, np.sqrt(2 - (np.arange(N) == 0)), 0)
@@ -272,7 +271,7 @@ class DPLR(NamedTuple):
 
 # %% ../nbs/10_hippo.ipynb #030e9954
 def _check_pairs(measure, N):
-    check_even(**{"N (per block)": N})
+    check_even("poles come in conjugate pairs, half of which are kept (conj_sym)", **{"N (per block)": N})
     if measure == "diagonal":
         raise ValueError(f"measure {measure!r} has real poles; expected conjugate pairs under conj_sym. Use conj_sym=False.")
 
@@ -359,7 +358,8 @@ class Hippo:
     n_blocks : number of blocks
     options : of the measure, as in `transition`: window, alpha, beta, seed
 
-    Calling it returns it, so that both `h = Hippo(…); h()` and `p = Hippo(…)()` work, as people write it. The arrays are made once, in float64 on the host, and are the same at every call.
+    Calling it returns it, so that both `h = Hippo(…); h()` and `p = Hippo(…)()` work, as people write it.
+    The arrays are made once, in float64 on the host, and are the same at every call.
     """
 
     def __init__(self, state_size, measure="legs", conj_sym=False, dplr=False, block_diagonal=False, n_blocks=1, **options):

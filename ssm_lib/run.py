@@ -17,7 +17,7 @@ from .checks import check_choice, check_length, check_positive
 from .scan import SCAN_BACKENDS, scan_in_segments
 from .system import System, Times
 
-# %% ../nbs/04_run.ipynb #c8a58fb1
+# %% ../nbs/04_run.ipynb #44f994c4
 @dataclass(frozen=True)
 class Plan:
     """How a system is run; it changes no number.
@@ -40,24 +40,24 @@ def segment_steps(
     L: int,  # steps of the sequence
     width: int,  # numbers in the state: poles, times samples, times places
 ) -> int:
-    "Steps of a segment: products that fill the cores of a CPU, states that stay in its cache, few segments to keep states between."
+    "Steps of a segment: enough for products that fill the cores of a CPU, few enough for states that stay in its cache."
     if jax.default_backend() != "cpu":
         return 4096  # an accelerator needs more to do at once; not measured yet
-    steps = min(max(L // 8, 2**15 // width), 2**17 // width)
-    few = math.isqrt(L)  # where even one step fills the cache, about as many states between segments as inside one
-    return 1 << (min(max(steps, few, 1), 4096).bit_length() - 1)
+    if L * width <= 2**18:
+        return max(L, 1)  # two megabytes of states: short enough to keep them
+    fill = min(256, 2**18 // width)
+    balance = math.isqrt(L)  # of large fields: about as many states between segments as inside one
+    return max(min(2**17 // width, 2048), fill, balance, 1)
 
-# %% ../nbs/04_run.ipynb #597005f2
+# %% ../nbs/04_run.ipynb #9f2c1dbd
 def _with_feedthrough(system, y, u, times):
     "The outputs with what goes straight through; an initial-condition module has no such way."
     return y if system.D is None or times.seen is not None else y + system.D * u
 
 
 def _settled(system, times):
-    "The system with a step of one length worked out, and what is left to be said of the steps."
-    if times.dt_varies:
-        return system, times
-    return system.at(None if times.dt is None else times.dt[..., None]), replace(times, dt=None)
+    "The system with a step of one length worked out, if all steps are of one length."
+    return system if times.dt_varies else system.at(None if times.dt is None else times.dt[..., None])
 
 
 def run(
@@ -70,8 +70,8 @@ def run(
 ):  # state after the stretch, or after every step; outputs (…, L, …, H)
     "A stretch from a carried state, a segment at a time, in the gradient too."
     axis, first = times.axis, jax.tree.leaves(u)[0]
-    L = first.shape[axis]
-    system, times = _settled(system, times)
+    L, system = first.shape[axis], _settled(system, times)
+    cut, dt = (times, None) if times.dt_varies else (replace(times, dt=None), times.dt)
     if x is None:
         x = system.zero_state(tuple(np.delete(first.shape[:-1], axis)))
     x = jax.tree.map(lambda z: z.astype(jnp.promote_types(z.dtype, first.dtype)), x)
@@ -79,17 +79,17 @@ def run(
 
     def segment(x, part):
         u, times = part
-        u = jax.tree.map(times.see, u)
+        times, u = times if dt is None else replace(times, dt=dt), jax.tree.map(times.see, u)
         xs = system.states(u, x, times, reverse=reverse, backend=plan.backend)
         y = _with_feedthrough(system, system.observe(xs, u), u, times)
         return jax.tree.map(end, xs) if L else x, (xs, y) if times.keep == "all" else y
 
     with jax.named_scope("recurrence"):
         steps = plan.segment or segment_steps(L, sum(z.size for z in jax.tree.leaves(x)) or 1)
-        x, y = scan_in_segments(segment, x, (u, times), steps, axis=axis, reverse=reverse)
+        x, y = scan_in_segments(segment, x, (u, cut), steps, axis=axis, reverse=reverse)
     return y if times.keep == "all" else (x, y)
 
-# %% ../nbs/04_run.ipynb #1c02aebb
+# %% ../nbs/04_run.ipynb #d48b4d4a
 def whole(
     system: System,
     u,  # (…, L, …, H) a complete sequence
@@ -97,7 +97,7 @@ def whole(
     plan: Plan = Plan(),
 ) -> jax.Array:  # (…, L, …, H)
     "Outputs of a complete sequence: a convolution where that is possible, else the scan; both directions if there are two."
-    system, times = _settled(system, times)
+    system = _settled(system, times)
     check_length(jax.tree.leaves(u)[0].shape[times.axis], system.l_max)
     y = None
     if times.plain:

@@ -123,12 +123,14 @@ class DPLRSystem(System):
     P: jax.Array  # (H, r, N/2) low-rank factor
     B: jax.Array  # (H, N/2) input vectors
     C: jax.Array  # (H, N/2) output vectors
-    Delta: jax.Array  # (H,) steps; (…, H) for samples with steps of their own
+    Delta: jax.Array  # (H,) steps
     D: jax.Array | None = None  # (H,) feedthrough
     l_max: int | None = None  # longest sequence that may be run whole
     step_map: tuple | None = None  # of `_bilinear_map`, where all steps are alike
 
     def at(self, dt):
+        if dt is not None and dt.ndim > 1:
+            return self  # each sample has a length of its own: worked out with the steps
         Delta = self.Delta if dt is None else self.Delta * dt
         return replace(self, Delta=Delta, step_map=_bilinear_map(self, Delta))
 
@@ -141,19 +143,20 @@ class DPLRSystem(System):
 
         def step(x, at):
             u_k, dt_k, mask_k, reset_k = at
-            step_map = self.step_map if dt_k is None else _bilinear_map(self, self.Delta * dt_k[..., None])
+            step_map = self.step_map or _bilinear_map(self, self.Delta if dt_k is None else self.Delta * dt_k[..., None])
             x = _bilinear_step(self, step_map, x, u_k, mask_k, reset_k)
             return x, x
 
-        steps = jax.tree.map(front, (u, times.dt, times.mask, times.reset))
+        dt = times.dt if self.step_map is None else None
+        steps = jax.tree.map(front, (u, dt, times.mask, times.reset))
         return jnp.moveaxis(jax.lax.scan(step, x, steps, reverse=reverse)[1], 0, times.axis)
 
     def observe(self, x, u):
         return 2 * jnp.sum(self.C.real * x.real - self.C.imag * x.imag, -1)
 
     def convolve(self, u, axis):
-        if self.Delta.ndim > 1:
-            return None  # a kernel for each sample
+        if self.step_map is None:
+            return None
         kernel = lambda *parts: kernel_dplr(*parts, u.shape[axis])
         return causal_convolution(u, jax.vmap(kernel)(self.Lambda, self.P, self.B, self.C, self.Delta).T, axis)
 

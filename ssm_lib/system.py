@@ -146,7 +146,7 @@ def times_of(
     arrays = {k: _aligned(k, v, shape, axis, one_step) for k, v in given.items() if v is not None}
     return Times(axis, **arrays, keep=keep)
 
-# %% ../nbs/03_system.ipynb #64eadb77
+# %% ../nbs/03_system.ipynb #aeeb78d4
 class System(abc.ABC):
     """A recurrence that is linear in its state, ready to run any stretch of input `u (…, L, …, H)`.
 
@@ -174,7 +174,7 @@ class System(abc.ABC):
         "The outputs `(…, H)` of states and the inputs that led to them, without the feedthrough."
 
     def at(self, dt: jax.Array | None) -> "System":
-        "The same system for steps of one length, `dt (…, 1)` or None, with all that can be worked out once."
+        "The same system for steps of one length, `dt (…, 1)` or None, with all that can be worked out once; `times.dt` says it too."
         return self
 
     def convolve(self, u, axis: int) -> jax.Array | None:

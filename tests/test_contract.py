@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from sweep import EQUAL_STEPS_ONLY, KEY, LAYERS, WHOLE_ONLY, by_step, close, enable_x64, in_pieces, noise
 
-from ssm_lib import DSS, LRU, S5SSM, BatchStackedSSM2DModel, BatchStackedSSMModel, LRUDynamics, Plan, SequenceLayer, StackedSSM, rollout
+from ssm_lib import DSS, LRU, S5SSM, BatchStackedSSM2DModel, BatchStackedSSMModel, LRUDynamics, Plan, SequenceLayer, rollout
 from ssm_lib.blocks import ACTIVATIONS, NORMS
 from ssm_lib.scan import SCAN_BACKENDS
 

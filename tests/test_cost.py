@@ -12,10 +12,9 @@ import pytest
 from sweep import KEY, LAYERS, WHOLE_ONLY, noise
 
 from ssm_lib import S5SSM, BatchStackedSSMModel, Plan, rollout, rollout_stream
-from ssm_lib.run import segment_steps
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from speed import SHAPES, PublishedS5, geometric_mean, programs
+from speed import GRADIENT, SHAPES, PublishedS5, geometric_mean, programs
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")  # the plan of memory is made before the code
 
@@ -24,7 +23,7 @@ def test_memory_of_the_gradient():
     "Planned by XLA, so the same on every run: over the benchmark's shapes, at most a sixth of the published formulation's."
     saved = []
     for B, L, H, d_hidden in SHAPES:
-        ours, published = (programs(cls(H, d_hidden, blocks=8), B, L, H)[1]["gradient"] for cls in (S5SSM, PublishedS5))
+        ours, published = (programs(cls(H, d_hidden, blocks=8), B, L, H)[1][GRADIENT] for cls in (S5SSM, PublishedS5))
         saved.append(published / ours)
     assert geometric_mean(saved) > 6, saved
 

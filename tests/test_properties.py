@@ -1,5 +1,7 @@
 """Any layer, size, cut, time step, gap and reset, drawn at random: pieces and steps agree with the whole."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,20 +39,20 @@ def test_three_ways_agree(run):
     name, u, times, cuts, started = run
     ssm, tolerance = LAYERS[name]
     layer = ssm(d_model=u.shape[1])
-    with jax.disable_jit():
-        v = layer.init(KEY, u)
-        start = layer.apply(v, noise(3, u.shape[1], seed=7), method="prefill")[0] if started else None
-        last, whole = layer.apply(v, u, start, method="prefill", **times)
+    v = jax.jit(layer.init)(KEY, u)
+    prefill, step = (jax.jit(partial(layer.apply, method=method)) for method in ("prefill", "step"))
+    start = prefill(v, noise(3, u.shape[1], seed=7))[0] if started else None
+    last, whole = prefill(v, u, start, **times)
 
-        carry, pieces = start, []
-        for a, b in zip([0, *cuts], [*cuts, len(u)]):
-            carry, y = layer.apply(v, u[a:b], carry, method="prefill", **{key: t[a:b] for key, t in times.items()})
-            pieces.append(y)
-        state, steps = layer.apply(v, method="initial_carry") if start is None else start, []
-        for k, u_k in enumerate(u):
-            state, y = layer.apply(v, state, u_k, method="step", **{key: t[k] for key, t in times.items()})
-            steps.append(y)
-        at_once = whole if started else layer.apply(v, u, **times)
+    carry, pieces = start, []
+    for a, b in zip([0, *cuts], [*cuts, len(u)]):
+        carry, y = prefill(v, u[a:b], carry, **{key: t[a:b] for key, t in times.items()})
+        pieces.append(y)
+    state, steps = layer.apply(v, method="initial_carry") if start is None else start, []
+    for k, u_k in enumerate(u):
+        state, y = step(v, state, u_k, **{key: t[k] for key, t in times.items()})
+        steps.append(y)
+    at_once = whole if started else jax.jit(layer.apply)(v, u, **times)
 
     scale = max(np.abs(whole).max(), 1e-3)
     for got in (np.concatenate(pieces), np.stack(steps), at_once):
