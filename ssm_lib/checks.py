@@ -8,7 +8,7 @@ __all__ = ['check_positive', 'check_even', 'check_divides', 'check_choice', 'che
 # %% ../nbs/00_checks.ipynb #1929e8e3
 import numbers
 
-# %% ../nbs/00_checks.ipynb #f7f37314
+# %% ../nbs/00_checks.ipynb #0c4cf0c8
 def check_positive(**sizes):
     "Raise a ValueError for a size that is not an integer ≥ 1 (None passes: it means not set)."
     for name, size in sizes.items():
@@ -23,7 +23,7 @@ def check_even(why="poles come in conjugate pairs", **sizes):
     check_positive(**sizes)
     for name, size in sizes.items():
         if size % 2:
-            raise ValueError(f"{name} is {size}, which is odd; expected an even size, as {why}. Use {size + 1}.")
+            raise ValueError(f"{name} is {size}, which is odd; expected an even size, as {why}. Use {name} = {size + 1}.")
 
 
 def check_divides(whole: dict, parts: dict):

@@ -64,7 +64,7 @@ def _said(module, x, axis, keep, said, started=None, one_step=False):
         seen = seen & ~started.reshape(*started.shape, *places)
     return replace(times, seen=seen)
 
-# %% ../nbs/05_contract.ipynb #9cb785a0
+# %% ../nbs/05_contract.ipynb #b0193f80
 class Recurrent(nn.Module):
     """The contract of all layers, blocks and models: four methods in terms of one, `stretch`.
 
@@ -108,6 +108,8 @@ class Recurrent(nn.Module):
     def initial_carry(self, batch_size=()):
         "The zero state: for no lead axes, for a batch, or for any, e.g. (B, *space)."
         lead = batch_size if isinstance(batch_size, tuple) else (batch_size,)
+        if self.batch_axes not in (None, len(lead)):
+            raise ValueError(f"batch_size is {batch_size}; expected one size, as this model is for a batch: batch_size=B.")
         check_positive(**{f"batch_size[{i}]": n for i, n in enumerate(lead)})
         module, variables = self.unbind()
         module = inference(module)

@@ -127,8 +127,7 @@ def _pairs(frequency, real):
 
 def _half(N):
     "0, 1, … N/2 − 1: one number per conjugate pair."
-    if N % 2:
-        raise ValueError(f"N is {N}; expected an even order, as poles come in conjugate pairs. Use N = {N + 1}.")
+    check_even(N=N)
     return np.arange(N // 2)
 
 # %% ../nbs/10_hippo.ipynb #1fd3fbd7

@@ -148,7 +148,7 @@ def rollout_stream(
     history: jax.Array,  # (B, T0, *space, C) known frames, T0 ≥ 1
     n_steps: int,  # frames to predict, any number
     *,
-    chunk: int = 100,  # frames in a piece
+    chunk: int = 100,  # frames in a piece of the stream; a piece is what you get, a segment is what a gradient keeps
     carry=None,  # state before the history; None is the zero state
     dt: jax.Array | None = None,  # as in `rollout`
 ) -> Iterator[np.ndarray]:  # pieces (B, ≤ chunk, *space, C), in order

@@ -21,12 +21,17 @@ from .convolution import causal_convolution, kernel_poles
 from .scan import linear_scan
 
 # %% ../nbs/03_system.ipynb #cb4141f8
+def _product(x, M):
+    "x M over the last axis, as one product of two matrices: a compiler moves more than two axes about before it multiplies."
+    return (x.reshape(-1, len(M)) @ M).reshape(*x.shape[:-1], M.shape[1])
+
+
 def project(
     B: jax.Array,  # (P, H) complex
     u: jax.Array,  # (..., H) real
 ) -> jax.Array:  # (..., P) complex
     "B u for a real u, as one real matrix product."
-    return jax.lax.complex(*jnp.split(u @ jnp.concatenate([B.real, B.imag]).T, 2, axis=-1))
+    return jax.lax.complex(*jnp.split(_product(u, jnp.concatenate([B.real, B.imag]).T), 2, axis=-1))
 
 
 def read_out(
@@ -34,7 +39,7 @@ def read_out(
     x: jax.Array,  # (..., P) complex
 ) -> jax.Array:  # (..., H) real
     "Re(C x), as one real matrix product."
-    return jnp.concatenate([x.real, x.imag], -1) @ jnp.concatenate([C.real, -C.imag], 1).T
+    return _product(jnp.concatenate([x.real, x.imag], -1), jnp.concatenate([C.real, -C.imag], 1).T)
 
 
 def to_pairs(

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from sweep import KEY, LAYERS, WHOLE_ONLY, noise
+from sweep import KEY, LAYERS, WHOLE_ONLY, close, noise
 
 from ssm_lib import S5SSM, BatchStackedSSMModel, Plan, rollout, rollout_stream
 
@@ -41,6 +41,60 @@ def test_no_state_of_a_whole_sequence(name):
     assert shapes
     elements = segment * 16 * 2  # of a segment of states, both directions
     assert max(map(math.prod, shapes)) <= elements, shapes
+
+
+def test_profilers_show_names():
+    model = BatchStackedSSMModel(partial(S5SSM, d_hidden=8, blocks=1), d_model=4, d_vars=1, n_layers=1, training=False)
+    x = noise(2, 9, 4, 1)
+    text = jax.jit(model.apply).lower(jax.eval_shape(model.init, KEY, x), x).compile().as_text()
+    assert "blocks_0.stretch/seq.stretch/recurrence" in text
+
+
+def copies(text, elements):
+    "Instructions of an HLO module that move so many elements or more: transposes, and copies into another layout."
+    found = re.findall(r"= \w+\[([\d,]+)\]\{([\d,]*)\S* (transpose|copy)\(", text)
+    return [(shape, layout, kind) for shape, layout, kind in found if math.prod(map(int, shape.split(","))) >= elements]
+
+
+@pytest.mark.parametrize("name", ("s5_zoh", "lru"))
+def test_a_field_is_not_moved(name):
+    """A layer at every place of (B, T, H, W, F): called, prefilled and stepped without a transpose or copy of a segment.
+
+    With the gradient no transpose either; what is copied there are zeros to begin with.
+    """
+    B, T, space, F = 2, 64, (8, 8), 5
+    layer, field = LAYERS[name][0](d_model=F, plan=Plan(segment=16)), noise(B, T, *space, F)
+    v = jax.jit(layer.init)(KEY, field[0, :, 0, 0])
+    programs = {
+        "call": jax.jit(partial(layer.apply, axis=1)).lower(v, field),
+        "prefill": jax.jit(partial(layer.apply, axis=1, method="prefill")).lower(v, field),
+        "gradient": jax.jit(jax.grad(lambda v, u: jnp.sum(layer.apply(v, u, axis=1) ** 2), (0, 1))).lower(v, field),
+        "step": jax.jit(partial(layer.apply, method="step")).lower(v, layer.apply(v, (B, *space), method="initial_carry"), field[:, 0]),
+    }
+    for kind, program in programs.items():
+        moved = copies(program.compile().as_text(), (1 if kind == "step" else 16) * math.prod((B, *space, F)))
+        assert not [m for m in moved if kind != "gradient" or m[2] == "transpose"], (kind, moved)
+
+
+@pytest.mark.parametrize("name", ("s5_zoh", "lru"))
+def test_a_step_is_no_dearer_than_by_hand(name):
+    "Against the recurrence written out for one step: no loop, and not a twentieth more arithmetic."
+    layer, u = LAYERS[name][0](d_model=32), noise(4, 32)
+    v = jax.jit(layer.init)(KEY, u)
+
+    def by_hand(v, x, u):
+        system = layer.apply(v, method="system")
+        Lambda_bar, Bu = system.drive(system.step(None), u)
+        x = Lambda_bar * x + Bu
+        return x, system.observe(x, u) + system.D * u
+
+    carry = layer.apply(v, 4, method="initial_carry")
+    ours = jax.jit(partial(layer.apply, method="step")).lower(v, carry, u).compile()
+    plain = jax.jit(by_hand).lower(v, carry, u).compile()
+    assert " while(" not in ours.as_text()
+    assert ours.cost_analysis()["flops"] <= 1.05 * plain.cost_analysis()["flops"]
+    for got, want in zip(ours(v, carry, u), plain(v, carry, u)):
+        close(got, want)
 
 
 def loop_bodies(text):
