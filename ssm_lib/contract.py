@@ -11,10 +11,10 @@ from dataclasses import replace
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from .checks import check_positive
 from .run import Plan, run, whole
+from .scan import without_axis
 from .system import System, Times, times_of
 
 # %% ../nbs/05_contract.ipynb #4b09b9d4
@@ -123,7 +123,7 @@ class Recurrent(nn.Module):
         if self.response_steps is None:
             return self.stretch(x, carry, _said(self, x, axis, keep, said, None, one_step))
         lead = x.shape[: x.ndim - len(self.frame)]
-        state, started = (None, jnp.zeros(tuple(np.delete(lead, axis)), bool)) if carry is None else carry
+        state, started = (None, jnp.zeros(without_axis(lead, axis), bool)) if carry is None else carry
         state, y = self.stretch(x, state, _said(self, x, axis, keep, said, started, one_step))
         return (state, jnp.ones(lead, bool) if keep == "all" else started | (x.shape[axis] > 0)), y
 

@@ -11,10 +11,9 @@ from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from .checks import check_choice, check_length, check_positive
-from .scan import SCAN_BACKENDS, scan_in_segments
+from .scan import SCAN_BACKENDS, scan_in_segments, without_axis
 from .system import System, Times
 
 # %% ../nbs/04_run.ipynb #44f994c4
@@ -73,7 +72,7 @@ def run(
     L, system = first.shape[axis], _settled(system, times)
     cut, dt = (times, None) if times.dt_varies else (replace(times, dt=None), times.dt)
     if x is None:
-        x = system.zero_state(tuple(np.delete(first.shape[:-1], axis)))
+        x = system.zero_state(without_axis(first.shape[:-1], axis))
     x = jax.tree.map(lambda z: z.astype(jnp.promote_types(z.dtype, first.dtype)), x)
     end = lambda z: jax.lax.index_in_dim(z, 0 if reverse else -1, axis, keepdims=False)
 

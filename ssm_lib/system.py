@@ -15,10 +15,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from .convolution import causal_convolution, kernel_poles
-from .scan import linear_scan
+from .scan import linear_scan, without_axis
 
 # %% ../nbs/03_system.ipynb #cb4141f8
 def _product(x, M):
@@ -118,7 +117,7 @@ class Times:
 # %% ../nbs/03_system.ipynb #a7cb2d66
 def _aligned(name, value, shape, axis, one_step):
     "`value` with as many axes as `shape`, 1 where it does not vary; a ValueError where it does not fit."
-    value, L, frame = jnp.asarray(value), shape[axis], tuple(np.delete(shape, axis))
+    value, L, frame = jnp.asarray(value), shape[axis], without_axis(shape, axis)
     if name == "dt" and value.ndim == 0:
         return value
     per_step = value.ndim == 1 and not one_step
