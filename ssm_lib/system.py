@@ -177,11 +177,11 @@ class System(abc.ABC):
     def observe(self, x, u) -> jax.Array:
         "The outputs `(…, H)` of states and the inputs that led to them, without the feedthrough."
 
-    def at(self, dt: jax.Array | None) -> "System":
+    def at(self, dt) -> "System":
         "The same system for steps of one length, `dt (…, 1)` or None, with all that can be worked out once; `times.dt` says it too."
         return self
 
-    def convolve(self, u, axis: int) -> jax.Array | None:
+    def convolve(self, u, axis: int):
         "The outputs of a whole sequence from the zero state, without the feedthrough; None where there is no kernel."
         return None
 
