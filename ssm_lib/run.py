@@ -55,21 +55,14 @@ def _with_feedthrough(system, y, u, times):
 
 
 def _settled(system, times):
-    "The system with a step of one length worked out, if all steps are of one length."
+    "The system with a step of one length worked out, if all steps are of one length: once for a call."
     return system if times.dt_varies else system.at(None if times.dt is None else times.dt[..., None])
 
 
-def run(
-    system: System,
-    u,  # (…, L, …, H) input, or a tree of such
-    x=None,  # state before the stretch (after it if reverse); None is zero
-    times: Times = Times(),  # its axis is time
-    plan: Plan = Plan(),
-    reverse: bool = False,  # from the end
-):  # state after the stretch, or after every step; outputs (…, L, …, H)
-    "A stretch from a carried state, a segment at a time, in the gradient too."
+def _in_segments(system, u, x, times, plan, reverse=False):
+    "`run` for a system that is settled."
     axis, first = times.axis, jax.tree.leaves(u)[0]
-    L, system = first.shape[axis], _settled(system, times)
+    L = first.shape[axis]
     cut, dt = (times, None) if times.dt_varies else (replace(times, dt=None), times.dt)
     if x is None:
         x = system.zero_state(without_axis(first.shape[:-1], axis))
@@ -88,6 +81,18 @@ def run(
         x, y = scan_in_segments(segment, x, (u, cut), steps, axis=axis, reverse=reverse)
     return y if times.keep == "all" else (x, y)
 
+
+def run(
+    system: System,
+    u,  # (…, L, …, H) input, or a tree of such
+    x=None,  # state before the stretch (after it if reverse); None is zero
+    times: Times = Times(),  # its axis is time
+    plan: Plan = Plan(),
+    reverse: bool = False,  # from the end
+):  # state after the stretch, or after every step; outputs (…, L, …, H)
+    "A stretch from a carried state, a segment at a time, in the gradient too."
+    return _in_segments(_settled(system, times), u, x, times, plan, reverse)
+
 # %% ../nbs/04_run.ipynb #d48b4d4a
 def whole(
     system: System,
@@ -104,7 +109,7 @@ def whole(
         y = system.convolve(seen, times.axis)
         y = None if y is None else _with_feedthrough(system, y, seen, times)
     if y is None:
-        y = run(system, u, None, replace(times, keep="last"), plan)[1]
+        y = _in_segments(system, u, None, times, plan)[1]
     if system.backward is None:
         return y
-    return y + run(system.backward, u, None, replace(times.turned(), keep="last"), plan, reverse=True)[1]
+    return y + _in_segments(system.backward, u, None, times.turned(), plan, reverse=True)[1]

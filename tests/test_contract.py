@@ -98,8 +98,10 @@ def test_layer_times(name):
         future = jax.grad(lambda u: jnp.sum(layer.apply(v, u, **times)[:30] ** 2))(jnp.nan_to_num(u))[30:]
         assert np.all(np.asarray(future) == 0)
         return
-    half_speed = jax.jit(lambda v, u: (layer.apply(v, u, dt=0.5), by_step(layer, v, u, {"dt": jnp.full(L, 0.5)})[1]))
-    close(*half_speed(v, jnp.nan_to_num(u)), tolerance)
+    for seen in ({}, {"mask": mask}):  # a scalar dt: as a convolution where there is one, and as a scan
+        whole = jax.jit(lambda v, u, seen=seen: layer.apply(v, u, dt=0.5, **seen))
+        steps = jax.jit(lambda v, u, seen=seen: by_step(layer, v, u, {"dt": jnp.full(L, 0.5), **seen})[1])
+        close(whole(v, jnp.nan_to_num(u)), steps(v, jnp.nan_to_num(u)), tolerance)
 
 
 @each_layer
