@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from .checks import check_positive
 from .run import Plan, run, whole
-from .scan import without_axis
+from .scan import impulse, without_axis
 from .system import System, Times, times_of
 
 # %% ../nbs/05_contract.ipynb #4b09b9d4
@@ -88,8 +88,7 @@ class Recurrent(nn.Module):
         "Whole sequence: x (…, L, *frame) → y (…, L, *frame), or n_steps frames from frame 0 alone."
         axis = _time_axis(self, x, axis, one_step=False)
         if self.response_steps is not None:
-            pads = [(0, (self.response_steps - 1) * (i == axis), 0) for i in range(x.ndim)]
-            x = jax.lax.pad(jax.lax.slice_in_dim(x, 0, 1, axis=axis), jnp.zeros((), x.dtype), pads)
+            x = impulse(jax.lax.slice_in_dim(x, 0, 1, axis=axis), self.response_steps, axis)
         times = _said(self, x, axis, "none", dict(dt=dt, mask=mask, reset=reset))
         return self.stretch(x, None, times)[1]
 

@@ -16,7 +16,7 @@ from .checks import check_positive
 from .contract import SSMLayer
 from .discretization import clip_poles, phi1
 from .run import whole
-from .scan import linear_scan
+from .scan import impulse, linear_scan
 from .system import DiagonalSystem
 
 # %% ../nbs/21_lru.ipynb #1c380135
@@ -90,10 +90,6 @@ def _lru_system(discrete_lambda, B_norm, C, D):
     return DiagonalSystem(lambda _: (discrete_lambda, jnp.ones_like(discrete_lambda.real)), B_norm, C, D)
 
 
-def _impulse(x0, n_steps):
-    "[x0, 0, 0, …] from x0 (1, H)."
-    return jnp.concatenate([x0, jnp.zeros((n_steps - 1, x0.shape[1]), x0.dtype)])
-
 
 def apply_lru_dynamics(
     inputs: jax.Array,  # (L, H)
@@ -115,7 +111,7 @@ def apply_lru_dynamics_from_ic(
 ) -> jax.Array:  # (n_steps, H)
     "The response to the impulse [ic, 0, 0, …], without feedthrough."
     check_positive(n_steps=n_steps)
-    return whole(_lru_system(discrete_lambda, B_norm, C, None), _impulse(ic, n_steps))
+    return whole(_lru_system(discrete_lambda, B_norm, C, None), impulse(ic, n_steps))
 
 # %% ../nbs/21_lru.ipynb #e5766e90
 class LRU(SSMLayer):
@@ -200,4 +196,4 @@ class LRUDynamics(nn.Module):
         nu_log = self.param("nu_log", nu_init, (self.d_hidden,), self.r_min, self.r_max)
         theta_log = self.param("theta_log", theta_init, (self.d_hidden,), self.max_phase)
         Lambda_bar = jnp.exp(log_poles(nu_log, theta_log, self.clip_eigs))
-        return linear_scan(Lambda_bar, _impulse(x0.reshape(1, -1), steps))
+        return linear_scan(Lambda_bar, impulse(x0.reshape(1, -1), steps))

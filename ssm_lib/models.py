@@ -13,8 +13,8 @@ from dataclasses import replace
 import flax.linen as nn
 import jax.numpy as jnp
 
-from .blocks import ACTIVATIONS, NORMS, SequenceLayer
-from .checks import check_choice, check_positive
+from .blocks import SequenceLayer
+from .checks import check_positive
 from .contract import Recurrent
 
 # %% ../nbs/31_models.ipynb #d7464995
@@ -101,8 +101,6 @@ class StackedSSM(Recurrent):
         if len(self.space) != len(self.space_axes):
             raise ValueError(f"d_model is {self.d_model}; expected {len(self.space_axes)} size(s), {self.space_axes}.")
         check_positive(**dict(zip(self.space_axes, self.space)))
-        check_choice("norm", self.norm, NORMS)
-        check_choice("activation", self.activation, ACTIVATIONS)
         super().__post_init__()
 
     def setup(self):
@@ -119,7 +117,7 @@ class StackedSSM(Recurrent):
             times = replace(times, seen=None)  # the first block alone is an initial-condition block
         return tuple(carries), self.mixing.decode(h).astype(x.dtype)
 
-
+# %% ../nbs/31_models.ipynb #e7e8ba90
 class StackedSSM2D(StackedSSM):
     """A stack of state-space blocks on a grid: x (…, T, H, W, C) → (…, T, H, W, C), one frame ahead.
 

@@ -137,8 +137,8 @@ class DPLRSystem(System):
     def zero_state(self, lead):
         return jnp.zeros((*lead, *self.Lambda.shape), self.Lambda.dtype)
 
-    def states(self, u, x, times, reverse=False, backend="auto"):
-        "One step after the other: a low-rank matrix has no cheap powers, so there is but one backend."
+    def states(self, u, x, times, reverse=False, **_):
+        "One step after the other: a low-rank matrix has no cheap powers, so there is no backend to choose."
         front = lambda z: jnp.moveaxis(z, times.axis, 0)
 
         def step(x, at):

@@ -15,6 +15,7 @@ from .contract import SSMLayer
 from .discretization import DISCRETIZATIONS, clip_poles, log_step_initializer
 from .hippo import dplr
 from .run import whole
+from .scan import impulse
 from .system import DiagonalSystem, to_complex, to_pairs
 
 # Published with S5, defined further down in this house; here so that `from ssm_lib.s5 import …` works as people know it.
@@ -101,8 +102,7 @@ def apply_dynamics(
 ) -> jax.Array:  # (steps, H)
     "The response of the system to the impulse [x0, 0, 0, …], without feedthrough."
     check_positive(steps=steps)
-    x0 = jnp.reshape(x0, -1)
-    u = jnp.zeros((steps, len(x0)), x0.dtype).at[0].set(x0)
+    u = impulse(jnp.reshape(x0, (1, -1)), steps)
     return apply_ssm(Lambda_bar, B_bar, C_tilde, u, conj_sym, bidirectional)
 
 # %% ../nbs/20_s5.ipynb #c43e7dbb

@@ -12,6 +12,7 @@ import pytest
 from sweep import KEY, LAYERS, WHOLE_ONLY, close, noise
 
 from ssm_lib import S5SSM, BatchStackedSSMModel, Plan, rollout, rollout_stream
+from ssm_lib.run import segment_steps
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from speed import GRADIENT, SHAPES, PublishedS5, geometric_mean, programs
@@ -31,9 +32,10 @@ def test_memory_of_the_gradient():
 @pytest.mark.parametrize("name", ("s5_zoh", "s5_bilinear", "s5_both", "lru"))
 def test_no_state_of_a_whole_sequence(name):
     "Neither forward nor in the gradient is there a complex array with an axis of the length of the sequence."
-    segment = 256
-    L = 8 * segment + 3
-    layer = (LAYERS | WHOLE_ONLY)[name][0](d_model=5, plan=Plan(segment=segment))
+    L = 2**15 + 3  # long enough for the library's own segments
+    segment = segment_steps(L, 8)
+    assert segment < L / 8
+    layer = (LAYERS | WHOLE_ONLY)[name][0](d_model=5)
     v = jax.jit(layer.init)(KEY, noise(8, 5))
     loss = lambda v, u: jnp.sum(layer.apply(v, u) ** 2)
     text = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(v, noise(L, 5)).compile().as_text()
