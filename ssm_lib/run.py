@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from .checks import check_choice, check_length, check_positive
 from .scan import SCAN_BACKENDS, scan_in_segments, without_axis
-from .system import System, Times
+from .system import System, Times, feed_through
 
 # %% ../nbs/04_run.ipynb #44f994c4
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def segment_steps(
 # %% ../nbs/04_run.ipynb #9f2c1dbd
 def _with_feedthrough(system, y, u, times):
     "The outputs with what goes straight through; an initial-condition module has no such way."
-    return y if system.D is None or times.seen is not None else y + system.D * u
+    return y if system.D is None or times.seen is not None else y + feed_through(system.D, u)
 
 
 def _settled(system, times):
