@@ -23,7 +23,10 @@ def check_even(why="poles come in conjugate pairs", **sizes):
     check_positive(**sizes)
     for name, size in sizes.items():
         if size % 2:
-            raise ValueError(f"{name} is {size}, which is odd; expected an even size, as {why}. Use {name} = {size + 1}.")
+            raise ValueError(
+                f"{name} is {size}, which is odd; "
+                f"expected an even size, as {why}. Use {name} = {size + 1}."
+            )
 
 
 def check_divides(whole: dict, parts: dict):
@@ -31,7 +34,10 @@ def check_divides(whole: dict, parts: dict):
     check_positive(**whole, **parts)
     (name, size), (into, number) = *whole.items(), *parts.items()
     if size % number:
-        raise ValueError(f"{name} = {size} is not divisible by {into} = {number}; expected equal blocks. Change either.")
+        raise ValueError(
+            f"{name} = {size} is not divisible by {into} = {number}; "
+            "expected equal blocks. Change either."
+        )
 
 
 def check_choice(name: str, value, options):

@@ -19,7 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .data import fit_normalizer, load_trajectories, pde_trajectories, split_trajectories, window_batches, windows
+from ssm_lib.data import (
+    fit_normalizer,
+    load_trajectories,
+    pde_trajectories,
+    split_trajectories,
+    window_batches,
+    windows,
+)
 from .checks import check_positive
 from .metrics import fit_linear, nrmse, persistence
 from .models import BatchStackedSSMModel, IncrementModel
@@ -87,7 +94,9 @@ def table(
 ) -> str:  # Markdown
     "nRMSE of each forecast at the leads that count."
     rows = ["| lead (frames) | " + " | ".join(errors) + " |", "|---" * (len(errors) + 1) + "|"]
-    return "\n".join(rows + [f"| {k} | " + " | ".join(f"{e[k - 1]:.3f}" for e in errors.values()) + " |" for k in LEADS])
+    for k in LEADS:
+        rows.append(f"| {k} | " + " | ".join(f"{e[k - 1]:.3f}" for e in errors.values()) + " |")
+    return "\n".join(rows)
 
 # %% ../nbs/50_cli.ipynb #35c25a9f
 def write_run(
@@ -101,10 +110,12 @@ def write_run(
     "Checkpoint, metrics, pictures and animation of a run."
     save_checkpoint(folder / CHECKPOINT, variables, config=config)
     errors = {name: nrmse(forecast, truth) for name, forecast in made.items()}
-    metrics = {"nrmse": {name: list(map(float, e)) for name, e in errors.items()}, "leads": list(LEADS), "training_seconds": seconds}
+    nrmse = {name: list(map(float, e)) for name, e in errors.items()}
+    metrics = {"nrmse": nrmse, "leads": list(LEADS), "training_seconds": seconds}
     (folder / "metrics.json").write_text(json.dumps({**metrics, "n_starts": len(truth), "config": config}, indent=1))
     dt, middle = config["data"]["dt"], int(np.argsort(((made["model"] - truth) ** 2).mean((1, 2, 3)))[len(truth) // 2])
-    save_figure(plot_rollout(truth[middle], made["model"][middle], dt=dt, time_label="time", start=1), folder / "rollout.png", dpi=80)
+    figure = plot_rollout(truth[middle], made["model"][middle], dt=dt, time_label="time", start=1)
+    save_figure(figure, folder / "rollout.png", dpi=80)
     save_figure(plot_errors(errors), folder / "errors.png")
     animate_rollout(truth[middle], made["model"][middle], folder / "rollout.gif", every=2, start=1)
     return errors
@@ -120,8 +131,11 @@ def demo(
     check_positive(updates=updates)
     folder = Path(out or f"runs/demo-{time.strftime('%Y%m%d-%H%M%S')}")
     x, test = split_trajectories(pde_trajectories(**DEMO["data"], seed=seed), N_TEST, seed=seed)
-    print(f"Kuramoto–Sivashinsky: {len(x)} trajectories, {x.shape[0] * x.shape[1]} frames to learn from; {len(test)} held out.", flush=True)
-    config = {**DEMO, "scales": {name: list(value) for name, value in fit_normalizer(x)._asdict().items()}, "seed": seed}
+    frames = x.shape[0] * x.shape[1]
+    told = f"{len(x)} trajectories, {frames} frames to learn from; {len(test)} held out."
+    print(f"Kuramoto–Sivashinsky: {told}", flush=True)
+    scales = {name: list(value) for name, value in fit_normalizer(x)._asdict().items()}
+    config = {**DEMO, "scales": scales, "seed": seed}
     began = time.perf_counter()
     save = partial(save_checkpoint, folder / CHECKPOINT, config=config)
     variables = train(config, x, updates, seed, progress=None if quiet else "training", save=save)
@@ -151,7 +165,10 @@ def roll_out(
     x = load_trajectories(history)
     frame = (config["model"]["d_model"], config["model"]["d_vars"])
     if x.shape[2:] != frame:
-        raise ValueError(f"{history} has frames of shape {x.shape[2:]}; expected {frame}, as the run was trained on. Resample them.")
+        raise ValueError(
+            f"{history} has frames of shape {x.shape[2:]}; "
+            f"expected {frame}, as the run was trained on. Resample them."
+        )
     future = np.asarray(rollout(build_model(config), variables, x, steps))
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     np.save(out, future)

@@ -30,30 +30,41 @@ def inference(
 
 # %% ../nbs/05_contract.ipynb #8f05d76b
 def _time_axis(module, x, axis, one_step):
-    "The axis of time in a stretch x, or where it is to be put into one frame x; a ValueError unless x is made of frames."
+    "The axis of time in a stretch x, or where to put it into one frame x; a ValueError unless x is made of frames."
     frame, n = tuple(module.frame), len(module.frame)
     name, time = ("u", "L") if n == 1 else ("x", "T")
     batch = {None: ["…"], 0: []}.get(module.batch_axes, ["B"])
     want = "(" + ", ".join([*batch, *([] if one_step else [time]), *map(str, frame)]) + ")"
     lead = x.ndim - n - (not one_step)
     if lead < 0 or module.batch_axes not in (None, lead):
-        more = "Add the missing axes." if lead < (module.batch_axes or 0) else "The model without Batch in its name takes any."
+        few = lead < (module.batch_axes or 0)
+        more = "Add the missing axes." if few else "The model without Batch in its name takes any."
         raise ValueError(f"{name} has shape {x.shape}; expected {want}. {more}")
     if x.shape[x.ndim - n :] != frame:
-        raise ValueError(f"{name} has frames of shape {x.shape[x.ndim - n :]}; expected {frame}. Check d_model and d_vars.")
+        raise ValueError(
+            f"{name} has frames of shape {x.shape[x.ndim - n :]}; "
+            f"expected {frame}. Check d_model and d_vars."
+        )
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"{name} has dtype {x.dtype}; expected a floating dtype. Cast it first.")
     if axis is None or one_step:
         return lead
     if n > 1 or axis == -1 or not -x.ndim <= axis < x.ndim - 1:
-        raise ValueError(f"axis is {axis} for {name} of shape {x.shape}; expected the axis of time, any but the last of a layer.")
+        raise ValueError(
+            f"axis is {axis} for {name} of shape {x.shape}; "
+            "expected the axis of time, any but the last of a layer."
+        )
     return axis % x.ndim
 
 
 def _said(module, x, axis, keep, said, started=None, one_step=False):
-    "The `Times` of a stretch; where the module reads its first frame alone, with that frame marked, unless it was read before."
-    if module.response_steps is not None and {"mask", "reset"} & {name for name, value in said.items() if value is not None}:
-        raise ValueError("An initial-condition module (n_steps) reads frame 0 only; it takes no mask or reset. Drop them.")
+    "The `Times` of a stretch; where the module reads its first frame alone, with that frame marked if not yet read."
+    gaps = said.get("mask") is not None or said.get("reset") is not None
+    if module.response_steps is not None and gaps:
+        raise ValueError(
+            "An initial-condition module (n_steps) reads frame 0 only; "
+            "it takes no mask or reset. Drop them."
+        )
     times = times_of(x.shape[:-1], axis, **said, keep=keep, one_step=one_step)
     if module.response_steps is None:
         return times
@@ -93,7 +104,7 @@ class Recurrent(nn.Module):
         return self.stretch(x, None, times)[1]
 
     def prefill(self, x, carry=None, *, dt=None, mask=None, reset=None, axis=None, all_carries=False):
-        "A stretch x (…, L, *frame) from a carried state (None is zero): (carry, y), or with the carry after every step."
+        "A stretch x (…, L, *frame) from a carried state (None: zero): (carry, y), or with the carry after every step."
         axis = _time_axis(self, x, axis, one_step=False)
         return self._carried(x, carry, axis, "all" if all_carries else "last", dict(dt=dt, mask=mask, reset=reset))
 
@@ -108,7 +119,10 @@ class Recurrent(nn.Module):
         "The zero state: for no lead axes, for a batch, or for any, e.g. (B, *space)."
         lead = batch_size if isinstance(batch_size, tuple) else (batch_size,)
         if self.batch_axes not in (None, len(lead)):
-            raise ValueError(f"batch_size is {batch_size}; expected one size, as this model is for a batch: batch_size=B.")
+            raise ValueError(
+                f"batch_size is {batch_size}; "
+                "expected one size, as this model is for a batch: batch_size=B."
+            )
         check_positive(**{f"batch_size[{i}]": n for i, n in enumerate(lead)})
         module, variables = self.unbind()
         module = inference(module)

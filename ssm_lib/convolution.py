@@ -29,7 +29,7 @@ def discretize_dense(
     Delta: float,  # step, in the unit of time that A is the inverse of
     method: str = "bilinear",  # one of `METHODS`: "forward" (Euler), "backward", "bilinear", "zoh"
 ) -> tuple[jax.Array, jax.Array]:  # A_bar (N, N), B_bar (N,), in the precision given
-    "One-step map of a dense system by the generalised bilinear rule or zero-order hold (Gu et al. 2020, HiPPO, appendix B.3)."
+    "One-step map of a dense system, generalised bilinear or zero-order hold (Gu et al. 2020, HiPPO, appendix B.3)."
     xp = np if isinstance(A, np.ndarray) else jnp
     if A.ndim != 2 or A.shape[0] != A.shape[1] or B.shape != A.shape[:1]:
         raise ValueError(f"A, B have shapes {A.shape}, {B.shape}; expected (N, N) and (N,). Give one input vector.")

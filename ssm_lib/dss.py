@@ -114,7 +114,10 @@ class DSS(SSMLayer):
             if self.kernel == "exp":
                 return zoh(Lambda, long)
             if dt is not None and dt.size > 1:
-                raise ValueError("kernel='softmax' is normalised over l_max equal steps; it takes no dt per step. Use kernel='exp'.")
+                raise ValueError(
+                    "kernel='softmax' is normalised over l_max equal steps; "
+                    "it takes no dt per step. Use kernel='exp'."
+                )
             z = Lambda * long
             return jnp.exp(z), _reciprocal(_geometric(z, self.l_max), 1e-7) / Lambda
 

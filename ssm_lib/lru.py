@@ -22,7 +22,10 @@ from .system import DiagonalSystem
 # %% ../nbs/21_lru.ipynb #1c380135
 def _check_ring(r_min, r_max, max_phase):
     if not 0 <= r_min <= r_max <= 1 or r_max == 0:
-        raise ValueError(f"r_min, r_max are {r_min}, {r_max}; expected 0 ≤ r_min ≤ r_max ≤ 1, r_max > 0: a ring in the unit disc.")
+        raise ValueError(
+            f"r_min, r_max are {r_min}, {r_max}; "
+            "expected 0 ≤ r_min ≤ r_max ≤ 1, r_max > 0: a ring in the unit disc."
+        )
     if not max_phase > 0:
         raise ValueError(f"max_phase is {max_phase}; expected a positive angle in radians, 2π for the whole ring.")
 
@@ -192,7 +195,10 @@ class LRUDynamics(nn.Module):
     def __call__(self, x0, steps):
         check_positive(steps=steps)
         if x0.shape not in ((self.d_hidden,), (1, self.d_hidden)):
-            raise ValueError(f"x0 has shape {x0.shape}; expected ({self.d_hidden},) or (1, {self.d_hidden}). Use vmap over a batch.")
+            raise ValueError(
+                f"x0 has shape {x0.shape}; "
+                f"expected ({self.d_hidden},) or (1, {self.d_hidden}). Use vmap over a batch."
+            )
         nu_log = self.param("nu_log", nu_init, (self.d_hidden,), self.r_min, self.r_max)
         theta_log = self.param("theta_log", theta_init, (self.d_hidden,), self.max_phase)
         Lambda_bar = jnp.exp(log_poles(nu_log, theta_log, self.clip_eigs))

@@ -19,11 +19,17 @@ def nrmse(
 ) -> np.ndarray:  # (T,), entry k is lead k + 1
     "Error at each lead, relative to the truth at that lead, averaged over trajectories (PDEBench; APEBench)."
     if prediction.shape != truth.shape or truth.ndim < 3:
-        raise ValueError(f"prediction {prediction.shape} and truth {truth.shape}; expected the same shape (N, T, *space, C).")
+        raise ValueError(
+            f"prediction {prediction.shape} and truth {truth.shape}; "
+            "expected the same shape (N, T, *space, C)."
+        )
     norm = lambda x: np.sqrt((np.asarray(x, np.float64).reshape(*x.shape[:2], -1) ** 2).sum(-1))
     size = norm(truth)
     if (size == 0).any():
-        raise ValueError("truth has a frame of zeros; expected frames of positive size. A relative error needs something to relate to.")
+        raise ValueError(
+            "truth has a frame of zeros; "
+            "expected frames of positive size. A relative error needs something to relate to."
+        )
     return (norm(np.asarray(prediction, np.float64) - truth) / size).mean(0)
 
 # %% ../nbs/43_metrics.ipynb #e160d453

@@ -93,7 +93,10 @@ class StackedSSM(Recurrent):
     def response_steps(self):
         own = self.blocks[0].response_steps
         if None not in (own, self.n_steps) and own != self.n_steps:
-            raise ValueError(f"n_steps is {self.n_steps}, but the first layer has n_steps = {own}; expected one, or the same.")
+            raise ValueError(
+                f"n_steps is {self.n_steps}, but the first layer has n_steps = {own}; "
+                "expected one, or the same."
+            )
         return self.n_steps if own is None else own
 
     def __post_init__(self):
@@ -167,7 +170,10 @@ class IncrementModel(Recurrent):
 
     def setup(self):
         if self.model.response_steps is not None:
-            raise ValueError("model has n_steps; expected one that reads every frame. An increment needs the frame before it.")
+            raise ValueError(
+                "model has n_steps; "
+                "expected one that reads every frame. An increment needs the frame before it."
+            )
 
     def stretch(self, x, carry, times):
         if x.shape[-1] != len(self.mean):

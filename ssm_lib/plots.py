@@ -23,7 +23,10 @@ def _pyplot():
 
 def _check_pair(truth, prediction, variable):
     if truth.shape != prediction.shape or truth.ndim not in (3, 4):
-        raise ValueError(f"truth {truth.shape} and prediction {prediction.shape}; expected the same (T, W, C) or (T, H, W, C).")
+        raise ValueError(
+            f"truth {truth.shape} and prediction {prediction.shape}; "
+            "expected the same (T, W, C) or (T, H, W, C)."
+        )
     if not 0 <= variable < truth.shape[-1]:
         raise ValueError(f"variable is {variable}; expected 0 to {truth.shape[-1] - 1}.")
     truth, prediction = (np.asarray(x[..., variable], float) for x in (truth, prediction))
@@ -45,13 +48,16 @@ def plot_rollout(
     plt, T = _pyplot(), len(truth)
     rows = (("truth", truth, top), ("prediction", prediction, top), ("error", prediction - truth, top))
     columns = 1 if truth.ndim == 2 else min(4, T)
-    fig, axes = plt.subplots(3, columns, figsize=(7.5, 4.6), squeeze=False, sharex=True, sharey=True, layout="constrained")
+    shared = dict(squeeze=False, sharex=True, sharey=True, layout="constrained")
+    fig, axes = plt.subplots(3, columns, figsize=(7.5, 4.6), **shared)
     for (name, field, limit), row in zip(rows, axes):
         for ax, k in zip(row, np.linspace(0, T - 1, columns).astype(int)):
             frame = field.T if truth.ndim == 2 else field[k]
             extent = ((start - 0.5) * dt, (start + T - 0.5) * dt, -0.5, len(frame) - 0.5) if truth.ndim == 2 else None
-            options = dict(cmap="PuOr" if name == "error" else "RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
-            image = ax.imshow(frame, aspect="auto" if truth.ndim == 2 else "equal", origin="lower", extent=extent, **options)
+            options = dict(vmin=-limit, vmax=limit, interpolation="nearest", origin="lower", extent=extent)
+            options["cmap"] = "PuOr" if name == "error" else "RdBu_r"
+            options["aspect"] = "auto" if truth.ndim == 2 else "equal"
+            image = ax.imshow(frame, **options)
             if truth.ndim == 3 and name == "truth":
                 ax.set_title(f"{time_label} {(start + k) * dt:g}", fontsize=9)
         row[0].set_ylabel(name if truth.ndim == 3 else f"{name}\ngrid point")
@@ -92,7 +98,10 @@ def save_figure(
 def _line_frames(plt, truth, prediction, top, start):
     fig, ax = plt.subplots(figsize=(5, 2.6), layout="constrained")
     ax.set(ylim=(-1.1 * top, 1.5 * top), xlabel="grid point", ylabel="u")
-    lines = [ax.plot(truth[0], color="0.65", lw=4, label="truth")[0], ax.plot(prediction[0], lw=1.5, label="prediction")[0]]
+    lines = [
+        ax.plot(truth[0], color="0.65", lw=4, label="truth")[0],
+        ax.plot(prediction[0], lw=1.5, label="prediction")[0],
+    ]
     ax.legend(frameon=False, loc="upper right", ncol=2)
 
     def draw(k):
@@ -105,7 +114,8 @@ def _line_frames(plt, truth, prediction, top, start):
 
 def _grid_frames(plt, truth, prediction, top, start):
     fig, axes = plt.subplots(1, 2, figsize=(5.4, 2.8), layout="constrained")
-    images = [ax.imshow(field[0], cmap="RdBu_r", vmin=-top, vmax=top, origin="lower") for ax, field in zip(axes, (truth, prediction))]
+    look = dict(cmap="RdBu_r", vmin=-top, vmax=top, origin="lower")
+    images = [ax.imshow(field[0], **look) for ax, field in zip(axes, (truth, prediction))]
 
     def draw(k):
         for image, ax, field, name in zip(images, axes, (truth, prediction), ("truth", "prediction")):

@@ -70,8 +70,8 @@ def legs_step(
 ) -> jax.Array:  # (..., N) coefficients after it
     """One step of HiPPO-LegS (Gu et al. 2020, HiPPO, theorem 2), without any N × N matrix of that step.
 
-    O(N) operations for the rational rules, in O(log N) rounds; O(N²) for "zoh", which is exact for a signal that is held at f from
-    t_before to t.
+    O(N) operations for the rational rules, in O(log N) rounds; O(N²) for "zoh", which is exact for a signal that is
+    held at f from t_before to t.
     """
     check_choice("method", method, METHODS)
     h = jnp.asarray(h, c.dtype)[..., None]
@@ -97,7 +97,10 @@ def _elapsed(L, times, start):
     times = times if xp is jnp else np.asarray(times, np.float64)
     steps = xp.diff(times, prepend=start)
     if xp is np and not np.all(steps > 0):
-        raise ValueError(f"times do not increase from start = {start}; expected start < times[0] < times[1] < … Sort them.")
+        raise ValueError(
+            f"times do not increase from start = {start}; "
+            "expected start < times[0] < times[1] < … Sort them."
+        )
     return steps / times
 
 
@@ -108,7 +111,10 @@ def _check_clock(measure, dt, times, start):
     elif dt is not None and not dt > 0:
         raise ValueError(f"dt is {dt}; expected a positive step, in the measure's own time.")
     elif dt is None:
-        raise ValueError(f"dt is None; expected the step in the time of {measure!r}: 1/400 puts 400 samples into a window of one.")
+        raise ValueError(
+            "dt is None; "
+            f"expected the step in the time of {measure!r}: 1/400 puts 400 samples into a window of one."
+        )
     elif times is not None or start != 0:
         raise ValueError(f"times and start are for 'legs'; {measure!r} runs at constant steps. Use dt.")
 
@@ -208,7 +214,7 @@ def basis(
 def reconstruct(
     c: jax.Array,  # (..., N) coefficients
     measure: str,  # one of `BASES`
-    lag: np.ndarray,  # (M,) how long ago, in the time of the measure (LegS: share of all time, 0 now to 1 the beginning)
+    lag: np.ndarray,  # (M,) how long ago, in the time of the measure (LegS: share of all time, 0 now)
     **options,  # of the measure: window, beta
 ) -> jax.Array:  # (..., M)
     "The past at given lags, as the coefficients remember it."
@@ -259,7 +265,10 @@ class HiPPOCell(nn.RNNCellBase):
         is_complex = np.iscomplexobj(transition(self.measure, self.N)[0])
         _check_clock(self.measure, self.dt, None, 0)
         if is_complex:
-            raise ValueError(f"measure is {self.measure!r}, a complex one; expected a real memory. Use a measure with a real A.")
+            raise ValueError(
+                f"measure is {self.measure!r}, a complex one; "
+                "expected a real memory. Use a measure with a real A."
+            )
         super().__post_init__()
 
     @nn.compact

@@ -25,7 +25,7 @@ def _read(model, variables, history, carry, dt):
 
 
 def _go_on(model, variables, carry, frame, dt, length, segment):
-    "`length` frames after `frame`, (length, B, *space, C), and the state after them; dt is a scalar, None or one row per step."
+    "`length` frames after `frame`, (length, B, *space, C), and the state after them; dt: a scalar, None or per step."
     per_step = dt is not None and jnp.ndim(dt) > 0
 
     def step(state, dt_k):
@@ -33,7 +33,8 @@ def _go_on(model, variables, carry, frame, dt, length, segment):
         return (carry, x), x
 
     steps = dt if per_step else jnp.zeros(length)
-    return scan_in_segments(lambda state, dt: jax.lax.scan(step, state, dt), (carry, frame), steps, segment or length or 1)
+    size = segment or max(length, 1)
+    return scan_in_segments(lambda state, dt: jax.lax.scan(step, state, dt), (carry, frame), steps, size)
 
 
 def _split_dt(dt, T0):
@@ -55,7 +56,10 @@ def _rollout(model, variables, history, n_steps, carry, dt, teacher_forcing, seg
 def _check_history(history, n_steps, dt, teacher_forcing=0):
     check_positive(n_steps=n_steps)
     if history.ndim < 4 or history.shape[1] < 1:
-        raise ValueError(f"history has shape {history.shape}; expected (B, T0, *space, C) with T0 ≥ 1. Add a batch or time axis.")
+        raise ValueError(
+            f"history has shape {history.shape}; "
+            "expected (B, T0, *space, C) with T0 ≥ 1. Add a batch or time axis."
+        )
     B, T0 = history.shape[:2]
     if not 0 <= teacher_forcing < min(T0, n_steps):
         raise ValueError(
@@ -64,7 +68,10 @@ def _check_history(history, n_steps, dt, teacher_forcing=0):
         )
     steps = T0 + n_steps - 1 - teacher_forcing
     if dt is not None and jnp.shape(dt) not in ((), (steps,), (B, steps)):
-        raise ValueError(f"dt has shape {jnp.shape(dt)}; expected (), ({steps},) or ({B}, {steps}), one value per frame that is read.")
+        raise ValueError(
+            f"dt has shape {jnp.shape(dt)}; "
+            f"expected (), ({steps},) or ({B}, {steps}), one value per frame that is read."
+        )
     if isinstance(history, jax.core.Tracer):
         return
     good = np.isfinite(np.asarray(history))
@@ -81,15 +88,16 @@ def rollout(
     *,
     carry=None,  # state before the history; None is the zero state
     return_carry: bool = False,  # also return the state, to go on from
-    dt: jax.Array | None = None,  # relative time from each frame read to the next: scalar, (T0 + n_steps − 1 − teacher_forcing,), (B, …)
+    dt: jax.Array | None = None,  # relative time from each frame read to the next: scalar, (T,) or (B, T)
     teacher_forcing: int = 0,  # predict this many of the last frames of the history, too
     segment: int | None = None,  # for a long gradient: keep states only so often, compute the rest again
 ) -> jax.Array:  # (B, n_steps, *space, C), or (frames, carry)
     """Predict a future by feeding predictions back.
 
     The first frame is the model's output at the last frame of the history. With `teacher_forcing=k` the answer begins
-    k frames earlier: its first k + 1 frames are one-step predictions from true frames, the rest are fed back. Models run
-    with training=False. Jitted (once per model and shape), differentiable, works inside jit, vmap and grad.
+    k frames earlier: its first k + 1 frames are one-step predictions from true frames, the rest are fed back. So
+    T = T0 + n_steps − 1 − teacher_forcing frames are read. Models run with training=False. Jitted (once per model and
+    shape), differentiable, works inside jit, vmap and grad.
 
     To go on, hand over the last frame and the carry:
     `rollout(model, variables, frames[:, -1:], m, carry=carry)`.
@@ -108,7 +116,7 @@ class RolloutDivergedError(FloatingPointError):
     "A rollout met a frame that is not finite; `step` counts the good frames before it."
 
     def __init__(self, step):
-        super().__init__(f"frame {step} of the rollout is not finite; the {step} frames before it are good and were passed on.")
+        super().__init__(f"frame {step} of the rollout is not finite; the {step} frames before it were passed on.")
         self.step = step
 
 
@@ -124,7 +132,7 @@ def _pieces(model, variables, history, n_steps, chunk, carry, dt):
     head, tail = _split_dt(dt, history.shape[1])
     per_step = dt is not None and jnp.ndim(dt) > 0
     if per_step:
-        tail = jnp.concatenate([tail, jnp.ones_like(dt[..., :1]).T])  # for the step after the last frame, which is not used
+        tail = jnp.concatenate([tail, jnp.ones_like(dt[..., :1]).T])  # for a step after the last frame: not used
     carry, y = _read(model, variables, history, carry, head)
     frame = y[:, -1]
     for done in range(0, n_steps, chunk):
@@ -154,7 +162,7 @@ def rollout_stream(
 ) -> Iterator[np.ndarray]:  # pieces (B, ≤ chunk, *space, C), in order
     """The frames of `rollout`, piece by piece, with flat device memory.
 
-    Raises ValueError at once for what `rollout` refuses, and RolloutDivergedError at the first frame that is not finite.
+    Raises ValueError at once for what `rollout` refuses, RolloutDivergedError at the first frame that is not finite.
     """
     history = jnp.asarray(history)
     _check_history(history, n_steps, dt)

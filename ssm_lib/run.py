@@ -39,7 +39,7 @@ def segment_steps(
     L: int,  # steps of the sequence
     width: int,  # numbers in the state: poles, times samples, times places
 ) -> int:
-    "Steps of a segment: enough for products that fill the cores of a CPU, few enough for states that stay in its cache."
+    "Steps of a segment: enough for products that fill the cores of a CPU, few enough for its cache."
     if jax.default_backend() != "cpu":
         return 4096  # an accelerator needs more to do at once; not measured yet
     if L * width <= 2**18:
@@ -100,7 +100,7 @@ def whole(
     times: Times = Times(),
     plan: Plan = Plan(),
 ) -> jax.Array:  # (…, L, …, H)
-    "Outputs of a complete sequence: a convolution where that is possible, else the scan; both directions if there are two."
+    "Outputs of a complete sequence: a convolution where that is possible, else the scan; in both directions if asked."
     system = _settled(system, times)
     check_length(jax.tree.leaves(u)[0].shape[times.axis], system.l_max)
     y = None

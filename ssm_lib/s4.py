@@ -143,7 +143,8 @@ class DPLRSystem(System):
 
         def step(x, at):
             u_k, dt_k, mask_k, reset_k = at
-            step_map = self.step_map or _bilinear_map(self, self.Delta if dt_k is None else self.Delta * dt_k[..., None])
+            Delta = self.Delta if dt_k is None else self.Delta * dt_k[..., None]
+            step_map = self.step_map or _bilinear_map(self, Delta)
             x = _bilinear_step(self, step_map, x, u_k, mask_k, reset_k)
             return x, x
 
@@ -191,7 +192,7 @@ def discretize_dplr(
     B: jax.Array,  # (N,) input vector
     Delta: float,  # step
 ) -> tuple[jax.Array, jax.Array]:  # A_bar (N, N), B_bar (N,)
-    "The one-step map as dense matrices, through two diagonals and one low-rank inverse (Gu et al. 2022, S4, appendix C.2)."
+    "The one-step map as dense matrices: two diagonals and one low-rank inverse (Gu et al. 2022, S4, appendix C.2)."
     P = jnp.atleast_2d(P)
     forward = jnp.diag(2 / Delta + Lambda) - P.T @ P.conj()
     G = 1 / (2 / Delta - Lambda)

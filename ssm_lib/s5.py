@@ -18,7 +18,7 @@ from .run import whole
 from .scan import impulse
 from .system import DiagonalSystem, to_complex, to_pairs
 
-# Published with S5, defined further down in this house; here so that `from ssm_lib.s5 import …` works as people know it.
+# Published with S5, defined further down in this house; here, so that `from ssm_lib.s5 import …` works as it did there.
 from .discretization import discretize_bilinear, discretize_zoh  # noqa: F401
 from .hippo import make_DPLR_HiPPO, make_HiPPO, make_NPLR_HiPPO  # noqa: F401
 from .scan import binary_operator  # noqa: F401
@@ -166,7 +166,7 @@ class S5SSM(SSMLayer):
 
     @property
     def whole_only(self):
-        refused = "A bidirectional layer needs the whole sequence; it has no prefill or step. Call it, or use bidirectional=False."
+        refused = "A bidirectional layer needs the whole sequence; it has no prefill or step. Use bidirectional=False."
         return refused if self.bidirectional else ""
 
     def __post_init__(self):

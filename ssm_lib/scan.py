@@ -136,7 +136,10 @@ def without_axis(
 
 def _check_scan(Lambda_bar, Bu, x0, axis):
     if Bu.ndim < 2:
-        raise ValueError(f"Bu has shape {Bu.shape}; expected (…, L, P), with time on axis −2 unless `axis` says otherwise.")
+        raise ValueError(
+            f"Bu has shape {Bu.shape}; "
+            "expected (…, L, P), with time on axis −2 unless `axis` says otherwise."
+        )
     if not -Bu.ndim <= axis < Bu.ndim - 1 or axis == -1:
         raise ValueError(f"axis is {axis} for Bu of shape {Bu.shape}; expected the axis of time, any but the last.")
     fits = Lambda_bar.ndim <= Bu.ndim and all(
@@ -174,9 +177,12 @@ def linear_scan(
     L = b.shape[axis]
     a = Lambda_bar.astype(dtype).reshape((1,) * (b.ndim - Lambda_bar.ndim) + Lambda_bar.shape)
     backend = _pick(backend, a.shape[axis] == 1, L, b.size // max(L, 1))
+    x0 = None if x0 is None else x0.astype(dtype)
+    if L == 1 and x0 is not None:  # one step, worked out without its axis: a state that is used twice is computed once
+        a, b = (jax.lax.squeeze(z, (axis,)) for z in (a, b))
+        return jnp.expand_dims(a * x0 + b, axis)
     if x0 is not None and L:
-        start = _end(a, axis, not reverse) * jnp.expand_dims(x0.astype(dtype), axis)
-        b = b + impulse(start, L, axis, reverse)
+        b = b + impulse(_end(a, axis, not reverse) * jnp.expand_dims(x0, axis), L, axis, reverse)
     return b if L < 2 else _solve(a, b, reverse, axis, backend)
 
 # %% ../nbs/01_scan.ipynb #06733155

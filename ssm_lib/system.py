@@ -21,7 +21,7 @@ from .scan import linear_scan, without_axis
 
 # %% ../nbs/03_system.ipynb #cb4141f8
 def _product(x, M):
-    "x M over the last axis, as one product of two matrices: a compiler moves more than two axes about before it multiplies."
+    "x M over the last axis, as one product of two matrices: with more axes a compiler moves data before it multiplies."
     return (x.reshape(-1, len(M)) @ M).reshape(*x.shape[:-1], M.shape[1])
 
 
@@ -70,7 +70,9 @@ def to_complex(
 )
 @dataclass(frozen=True)
 class Times:
-    """What is said of the steps of a stretch `(…, L, …, H)`. Arrays have its axes but the last, or 1 where they do not vary.
+    """What is said of the steps of a stretch `(…, L, …, H)`.
+
+    Arrays have its axes but the last, or 1 where they do not vary.
 
     Parameters
     ----------
@@ -115,7 +117,7 @@ class Times:
         return self.mask is None and self.reset is None and not self.dt_varies
 
     def turned(self):
-        "The same stretch seen from its end: a reset before step k cuts the link between k and k − 1, so it moves by one."
+        "The same stretch from its end: a reset before step k cuts the link between k and k − 1, so it moves by one."
         if self.reset is None:
             return self
         later = jax.lax.slice_in_dim(self.reset, 1, None, axis=self.axis)
@@ -178,7 +180,8 @@ class System(abc.ABC):
     def states(self, u, x, times: Times, **options) -> Any:
         """The state after each step of a segment, `(…, L, …)`, time on `times.axis`, from the state x before it.
 
-        `options` are those of `linear_scan`: reverse, backend. Mask and reset are in `times`; masked inputs are zero already.
+        `options` are those of `linear_scan`: reverse, backend. Mask and reset are in `times`; masked inputs are
+        zero already.
         """
 
     @abc.abstractmethod
@@ -186,7 +189,7 @@ class System(abc.ABC):
         "The outputs `(…, H)` of states and the inputs that led to them, without the feedthrough."
 
     def at(self, dt) -> "System":
-        "The same system for steps of one length, `dt (…, 1)` or None, with all that can be worked out once; `times.dt` says it too."
+        "The same system for steps of one length, `dt (…, 1)` or None, with all that can be worked out once."
         return self
 
     def convolve(self, u, axis: int):
@@ -242,9 +245,9 @@ class DiagonalSystem(Diagonal):
 # %% ../nbs/03_system.ipynb #e2d45fc6
 @dataclass(frozen=True)
 class DiagonalBank(Diagonal):
-    """H separate systems of N/2 poles each: B, C, and the poles and gains of `step`, (H, N/2), or (…, H, N/2) where they vary.
+    """H separate systems of N/2 poles each.
 
-    The state is (*lead, H·N/2).
+    B, C, and the poles and gains of `step` are (H, N/2), or (…, H, N/2) where they vary. The state is (*lead, H·N/2).
     """
 
     def zero_state(self, lead):

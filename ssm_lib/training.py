@@ -63,7 +63,10 @@ def _layers(model, example):
         return call(*args, **kwargs)
 
     if example is None and not isinstance(model, Recurrent):
-        raise ValueError(f"model is a {type(model).__name__} of your own; expected example=, an input of it (or its shape).")
+        raise ValueError(
+            f"model is a {type(model).__name__} of your own; "
+            "expected example=, an input of it (or its shape)."
+        )
     if example is None:
         example = jax.ShapeDtypeStruct((1,) * (model.batch_axes or 0) + (1, *model.frame), jnp.float32)
     with nn.intercept_methods(note):
@@ -144,7 +147,7 @@ def train_step(
 
 
 def _progress(batches, steps, label):
-    "The batches behind a progress bar, and a function that shows step and loss; plain lines where tqdm is not installed."
+    "The batches behind a progress bar, and a function that shows step and loss; plain lines without tqdm."
     try:
         from tqdm import tqdm
     except ImportError:
@@ -179,7 +182,7 @@ def fit(
     seed: int = 0,  # of dropout
     progress: str | None = None,  # label of a progress bar; None shows none
     check_every: int = 50,  # steps between looks
-    save: Callable | None = None,  # called with the variables after each good look, e.g. partial(save_checkpoint, path, config=config)
+    save: Callable | None = None,  # called with the variables after each good look, e.g. a partial of save_checkpoint
 ):  # variables, losses (steps,)
     "Train, watching loss and parameters. Raises DivergedError as soon as a look finds what is not finite."
     check_positive(steps=steps, check_every=check_every)
@@ -209,7 +212,8 @@ def save_checkpoint(
     "Write variables and a config to one file, atomically."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = serialization.msgpack_serialize({"variables": jax.tree.map(np.asarray, variables), "config": json.dumps(config)})
+    content = {"variables": jax.tree.map(np.asarray, variables), "config": json.dumps(config)}
+    data = serialization.msgpack_serialize(content)
     partial_file = path.with_name(path.name + ".partial")
     with open(partial_file, "wb") as file:
         file.write(data)
@@ -229,4 +233,7 @@ def load_checkpoint(
         raise ValueError(f"checkpoint {path} does not exist; expected a file written by save_checkpoint.") from None
     except Exception as error:
         kind = type(error).__name__
-        raise ValueError(f"checkpoint {path} cannot be read ({kind}); expected a file written by save_checkpoint.") from None
+        raise ValueError(
+            f"checkpoint {path} cannot be read ({kind}); "
+            "expected a file written by save_checkpoint."
+        ) from None

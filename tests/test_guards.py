@@ -24,6 +24,7 @@ CELLS_PER_PAGE = 80
 LINES_PER_CELL = 60
 LINES_PER_FUNCTION = 30
 LINES_PER_CLASS = 60
+CHARACTERS_PER_LINE = 120  # of the library; pages, tests and tools may go to 140
 BYTES_PER_PICTURE = 60_000
 
 
@@ -282,6 +283,13 @@ def test_functions_and_classes_are_short(module):
             limit = LINES_PER_CLASS if isinstance(node, ast.ClassDef) else LINES_PER_FUNCTION
             size = len(lines & set(range(node.body[0].lineno, node.end_lineno + 1)))
             assert size <= limit, f"{module}:{node.lineno} {node.name} has a body of {size} code lines; at most {limit}"
+
+
+@each_page
+def test_lines_of_the_library_are_short(page):
+    exported = [source.splitlines() for _, source, _ in cells(page, "code") if source.startswith("#| export")]
+    long = [line.strip() for lines in exported for line in lines if len(line) > CHARACTERS_PER_LINE]
+    assert not long, f"{page}: over {CHARACTERS_PER_LINE} characters:\n" + "\n".join(long)
 
 
 def test_no_paths_of_one_machine():

@@ -9,7 +9,7 @@ import pytest
 from scipy.linalg import expm
 from sweep import enable_x64
 
-from ssm_lib import DPLR, Hippo, dplr, make_DPLR_HiPPO, make_NPLR_HiPPO, nplr, transition
+from ssm_lib import DPLRForm, Hippo, dplr, make_DPLR_HiPPO, make_NPLR_HiPPO, nplr, transition
 from ssm_lib.convolution import discretize_dense, run_dense
 from ssm_lib.hippo import MEASURES
 
@@ -258,7 +258,7 @@ def test_arrays_learn():
 def test_dplr_is_a_pytree():
     form = dplr("legt", 8, conj_sym=True)
     moved = jax.tree.map(lambda z: jnp.asarray(z, jnp.complex64), form)
-    assert isinstance(moved, DPLR) and len(jax.tree.leaves(moved)) == 4
+    assert isinstance(moved, DPLRForm) and len(jax.tree.leaves(moved)) == 4
 
 
 # --- Errors -----------------------------------------------------------------------------------------------------------
