@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import flax.linen as nn
 
-from .checks import check_choice, check_positive
+from .checks import Choice, Flag, Function, Number, Size
 from .contract import Recurrent
 
 # %% ../nbs/30_blocks.ipynb #185d68a2
@@ -72,6 +72,10 @@ class SequenceLayer(Recurrent):
     prenorm: bool = True
     axis_name: str | None = None
 
+    kinds = {
+        "ssm": Function("partial(S5SSM, d_hidden=64)"), "d_model": Size(), "dropout": Number(0, 0.999),
+        "norm": Choice(NORMS), "activation": Choice(ACTIVATIONS), "training": Flag(), "prenorm": Flag(),
+    }
     frame = property(lambda self: (self.d_model,))
     response_steps = property(lambda self: self.seq.response_steps)
 
@@ -80,14 +84,6 @@ class SequenceLayer(Recurrent):
         if self.norm == "batch" and self.training:
             return "norm='batch' with training=True needs the whole sequence for its statistics. Use training=False."
         return self.seq.whole_only
-
-    def __post_init__(self):
-        check_positive(d_model=self.d_model)
-        check_choice("norm", self.norm, NORMS)
-        check_choice("activation", self.activation, ACTIVATIONS)
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}; expected a share in [0, 1).")
-        super().__post_init__()
 
     def setup(self):
         self.seq = self.ssm(d_model=self.d_model)

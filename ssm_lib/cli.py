@@ -110,8 +110,8 @@ def write_run(
     "Checkpoint, metrics, pictures and animation of a run."
     save_checkpoint(folder / CHECKPOINT, variables, config=config)
     errors = {name: nrmse(forecast, truth) for name, forecast in made.items()}
-    nrmse = {name: list(map(float, e)) for name, e in errors.items()}
-    metrics = {"nrmse": nrmse, "leads": list(LEADS), "training_seconds": seconds}
+    leads = {name: list(map(float, e)) for name, e in errors.items()}
+    metrics = {"nrmse": leads, "leads": list(LEADS), "training_seconds": seconds}
     (folder / "metrics.json").write_text(json.dumps({**metrics, "n_starts": len(truth), "config": config}, indent=1))
     dt, middle = config["data"]["dt"], int(np.argsort(((made["model"] - truth) ** 2).mean((1, 2, 3)))[len(truth) // 2])
     figure = plot_rollout(truth[middle], made["model"][middle], dt=dt, time_label="time", start=1)

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from .checks import check_positive
+from .checks import Array, Maybe, Size, check_fields, check_positive
 from .run import Plan, run, whole
 from .scan import impulse, without_axis
 from .system import System, Times, times_of
@@ -29,10 +29,15 @@ def inference(
     return module.clone(**changes) if changes else module
 
 # %% ../nbs/05_contract.ipynb #8f05d76b
+def _names(module):
+    "What messages call the input and its axis of time: those of a layer, or those of a model."
+    return ("u", "L") if len(module.frame) == 1 else ("x", "T")
+
+
 def _time_axis(module, x, axis, one_step):
     "The axis of time in a stretch x, or where to put it into one frame x; a ValueError unless x is made of frames."
     frame, n = tuple(module.frame), len(module.frame)
-    name, time = ("u", "L") if n == 1 else ("x", "T")
+    name, time = _names(module)
     batch = {None: ["…"], 0: []}.get(module.batch_axes, ["B"])
     want = "(" + ", ".join([*batch, *([] if one_step else [time]), *map(str, frame)]) + ")"
     lead = x.ndim - n - (not one_step)
@@ -41,12 +46,9 @@ def _time_axis(module, x, axis, one_step):
         more = "Add the missing axes." if few else "The model without Batch in its name takes any."
         raise ValueError(f"{name} has shape {x.shape}; expected {want}. {more}")
     if x.shape[x.ndim - n :] != frame:
-        raise ValueError(
-            f"{name} has frames of shape {x.shape[x.ndim - n :]}; "
-            f"expected {frame}. Check d_model and d_vars."
-        )
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"{name} has dtype {x.dtype}; expected a floating dtype. Cast it first.")
+        sizes = "d_model" if n == 1 else "d_model and d_vars"
+        raise ValueError(f"{name} has frames of shape {x.shape[x.ndim - n :]}; expected {frame}. Check {sizes}.")
+    Maybe(Size(None))("axis", axis)
     if axis is None or one_step:
         return lead
     if n > 1 or axis == -1 or not -x.ndim <= axis < x.ndim - 1:
@@ -82,6 +84,7 @@ class Recurrent(nn.Module):
     A subclass defines `frame` and `stretch`, and describes itself in the attributes below where it is not like most.
     """
 
+    kinds = {}  # its fields by name, and what they may be (see `checks`)
     n_steps = None  # an initial-condition module returns so many frames from frame 0; None reads every frame
     batch_axes = None  # how many axes come before time; None is any number
     pole_parameters = ()  # names of its parameters that are poles and steps: a learning rate of their own, no decay
@@ -91,25 +94,34 @@ class Recurrent(nn.Module):
     response_steps = property(lambda self: self.n_steps, doc="`n_steps`; a container asks what it contains.")
     whole_only = ""  # why it needs the whole sequence, so that it has no prefill and no step; empty if it does not
 
+    def __post_init__(self):
+        check_fields(self)
+        super().__post_init__()
+
     def stretch(self, x, carry, times: Times):
         "A stretch x from a carried state (None is zero), time on `times.axis`: (carry as `times.keep` wants it, y)."
         raise NotImplementedError
 
     def __call__(self, x, *, dt=None, mask=None, reset=None, axis=None):
         "Whole sequence: x (…, L, *frame) → y (…, L, *frame), or n_steps frames from frame 0 alone."
+        x = Array("(…)")(_names(self)[0], x)
         axis = _time_axis(self, x, axis, one_step=False)
         if self.response_steps is not None:
+            if x.shape[axis] == 0:
+                raise ValueError(f"{_names(self)[0]} has no steps; expected frame 0, which is all that n_steps reads.")
             x = impulse(jax.lax.slice_in_dim(x, 0, 1, axis=axis), self.response_steps, axis)
         times = _said(self, x, axis, "none", dict(dt=dt, mask=mask, reset=reset))
         return self.stretch(x, None, times)[1]
 
     def prefill(self, x, carry=None, *, dt=None, mask=None, reset=None, axis=None, all_carries=False):
         "A stretch x (…, L, *frame) from a carried state (None: zero): (carry, y), or with the carry after every step."
+        x = Array("(…)")(_names(self)[0], x)
         axis = _time_axis(self, x, axis, one_step=False)
         return self._carried(x, carry, axis, "all" if all_carries else "last", dict(dt=dt, mask=mask, reset=reset))
 
     def step(self, carry, x_k, *, dt=None, mask=None, reset=None):
         "One step from a carried state, x_k (…, *frame): (carry, y_k)."
+        x_k = Array("(…)")(_names(self)[0], x_k)
         axis = _time_axis(self, x_k, None, one_step=True)
         said = dict(dt=dt, mask=mask, reset=reset)
         carry, y = self._carried(jnp.expand_dims(x_k, axis), carry, axis, "last", said, one_step=True)
@@ -148,6 +160,11 @@ class SSMLayer(Recurrent, kw_only=True):
     """
 
     plan: Plan = Plan()  # how it is run
+
+    def param(self, name, init, *args, **options):
+        "A parameter as Flax has it, in float32 at least: exponentials of poles need the digits."
+        value = super().param(name, init, *args, **options)
+        return value.astype(jnp.promote_types(value.dtype, jnp.float32))
 
     frame = property(lambda self: (self.d_model,))
 

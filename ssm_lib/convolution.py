@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .checks import Array, Choice, Maybe, Size, takes
+
 # %% ../nbs/02_convolution.ipynb #3288a8d1
 METHODS = {"forward": 0.0, "backward": 1.0, "bilinear": 0.5, "zoh": None}  # share of a step that is implicit
 
@@ -23,6 +25,10 @@ def _expm(X):
     return np.linalg.matrix_power(E, 2**squarings)
 
 
+@takes(
+    A=Array("(N, N)", "numbers"), B=Array("(N,)", "numbers"), Delta=Array("()", "reals", low=0),
+    method=Choice(tuple(METHODS)),
+)
 def discretize_dense(
     A: jax.Array,  # (N, N) continuous transition matrix, JAX or NumPy
     B: jax.Array,  # (N,) input vector
@@ -31,10 +37,8 @@ def discretize_dense(
 ) -> tuple[jax.Array, jax.Array]:  # A_bar (N, N), B_bar (N,), in the precision given
     "One-step map of a dense system, generalised bilinear or zero-order hold (Gu et al. 2020, HiPPO, appendix B.3)."
     xp = np if isinstance(A, np.ndarray) else jnp
-    if A.ndim != 2 or A.shape[0] != A.shape[1] or B.shape != A.shape[:1]:
+    if A.shape[0] != A.shape[1] or B.shape != A.shape[:1]:
         raise ValueError(f"A, B have shapes {A.shape}, {B.shape}; expected (N, N) and (N,). Give one input vector.")
-    if method not in METHODS:
-        raise ValueError(f"method is {method!r}; expected one of {list(METHODS)}.")
     eye, share = xp.eye(len(A), dtype=A.dtype), METHODS[method]
     if share is None:
         both = xp.concatenate([xp.column_stack([A, B]), xp.zeros((1, len(A) + 1), A.dtype)])
@@ -44,6 +48,10 @@ def discretize_dense(
     return both[:, :-1], both[:, -1]
 
 # %% ../nbs/02_convolution.ipynb #0e24e208
+@takes(
+    A_bar=Array("(N, N)", "numbers"), B_bar=Array("(N,)", "numbers"), C=Array("(N,)", "numbers"),
+    u=Array("(L,)", "numbers"), x0=Maybe(Array("(N,)", "numbers")),
+)
 def run_dense(
     A_bar: jax.Array,  # (N, N) one-step map
     B_bar: jax.Array,  # (N,)
@@ -61,6 +69,9 @@ def run_dense(
     return jax.lax.scan(step, x0, u)[1]
 
 # %% ../nbs/02_convolution.ipynb #9ecc9c01
+@takes(
+    A_bar=Array("(N, N)", "numbers"), B_bar=Array("(N,)", "numbers"), C=Array("(N,)", "numbers"), L=Size(0),
+)
 def kernel_dense(
     A_bar: jax.Array,  # (N, N) one-step map
     B_bar: jax.Array,  # (N,)
@@ -77,6 +88,7 @@ def _good_length(n):
     return min(m << max(0, (-(-n // m) - 1).bit_length()) for m in odd)
 
 
+@takes(u=Array("(…, L)"), K=Array("(L, …)"), axis=Size(None))
 def causal_convolution(
     u: jax.Array,  # (…, L, …) input, real
     K: jax.Array,  # (L', …) kernel, real, L' ≥ L; what lies beyond L is not used; its other axes are the last ones of u
@@ -94,6 +106,7 @@ def causal_convolution(
     return jax.lax.slice_in_dim(y, 0, L, axis=axis)
 
 # %% ../nbs/02_convolution.ipynb #795d98d6
+@takes(Lambda_bar=Array("(…)", "numbers"), n=Size(0))
 def powers(
     Lambda_bar: jax.Array,  # (...,) poles
     n: int,  # number of powers
@@ -105,6 +118,7 @@ def powers(
     return table[..., :n]
 
 
+@takes(Lambda_bar=Array("(…, N)", "numbers"), w=Array("(…, N)", "numbers"), L=Size())
 def kernel_poles(
     Lambda_bar: jax.Array,  # (..., N) discrete poles
     w: jax.Array,  # (..., N) weight of each, C · B_bar

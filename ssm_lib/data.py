@@ -14,6 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .checks import Array, Choice, Flag, Maybe, Number, Size, takes
+
+_POSITIVE = Number(0, open=True)
+
 # %% ../nbs/42_data.ipynb #214cfc6c
 def check_trajectories(
     x: Any,  # array to check
@@ -44,7 +48,7 @@ def _stepper(pde: str, n_dims: int, n_points: int, domain_extent: float, dt: flo
     try:
         import exponax as ex
     except ImportError as e:
-        raise ImportError('PDE trajectories need exponax. Install it: pip install "ssm_lib[demo]"') from e
+        raise ImportError('PDE trajectories need exponax. Install it: pip install exponax') from e
     kinds = {
         ("kuramoto_sivashinsky", 1): ex.stepper.KuramotoSivashinskyConservative,
         ("kuramoto_sivashinsky", 2): ex.stepper.KuramotoSivashinsky,
@@ -73,6 +77,11 @@ def _solve(stepper, n_trajectories: int, n_frames: int, warmup: int, cutoff: int
     return np.asarray(jax.jit(jax.vmap(trajectory))(start))
 
 # %% ../nbs/42_data.ipynb #068677a6
+@takes(
+    pde=Choice(tuple(PDES)), n_trajectories=Size(), n_frames=Size(), n_dims=Size(), n_points=Maybe(Size(4)),
+    domain_extent=Maybe(_POSITIVE), dt=Maybe(_POSITIVE), substeps=Size(), warmup=Maybe(Size(0)),
+    cutoff=Size(0), seed=Size(0),
+)
 def pde_trajectories(
     pde: str,  # "kuramoto_sivashinsky" or "burgers"
     n_trajectories: int,  # N, independent random initial states
@@ -89,11 +98,8 @@ def pde_trajectories(
     **coefficients: float,  # the equation's own, as exponax names them: `diffusivity`, `convection_scale`, …
 ) -> np.ndarray:  # `(N, T, *space, C)` float32
     "Trajectories of a periodic PDE from random initial states; None takes the default of `PDES`."
-    if pde not in PDES or n_dims not in (1, 2):
-        raise ValueError(f"pde={pde!r}, n_dims={n_dims}; expected one of {sorted(PDES)} in 1 or 2 dimensions.")
-    if min(n_trajectories, n_frames, substeps) < 1:
-        got = f"{n_trajectories} trajectories, {n_frames} frames, {substeps} substeps"
-        raise ValueError(f"got {got}; expected at least 1 of each.")
+    if n_dims > 2:
+        raise ValueError(f"n_dims is {n_dims}; expected 1 or 2.")
     given = {"n_points": n_points, "domain_extent": domain_extent, "dt": dt, "warmup": warmup}
     s = PDES[pde] | {k: v for k, v in given.items() if v is not None}
     stepper = _stepper(pde, n_dims, s["n_points"], s["domain_extent"], s["dt"], substeps, coefficients)
@@ -142,6 +148,7 @@ def load_trajectories(
     return x.astype(np.float32, copy=False)
 
 # %% ../nbs/42_data.ipynb #1be4b0bb
+@takes(seed=Size(0))
 def split_trajectories(
     x: np.ndarray,  # `(N, T, *space, C)`
     test: float | int = 0.2,  # share of the trajectories held out, or how many
@@ -150,6 +157,7 @@ def split_trajectories(
 ) -> tuple[np.ndarray, np.ndarray]:  # training and test trajectories
     "Hold out whole trajectories, at random by `seed`, at least one on each side."
     n = len(check_trajectories(x))
+    Number(0, open=True)("test", test)
     n_test = test if isinstance(test, int) else max(1, round(test * n))
     if not 1 <= n_test < n:
         raise ValueError(f"test={test} of {n} trajectories; expected at least one on each side of the split.")
@@ -171,12 +179,22 @@ class Normalizer(NamedTuple):
     std: tuple[float, ...]
     increment_std: tuple[float, ...]
 
+    def _checked(self, x):
+        x = Array("(…, C)")("x", x)
+        for name, scale in self._asdict().items():
+            sizes = Array("(C,)", "reals", finite=True)(name, scale).shape
+            if sizes != x.shape[-1:]:
+                raise ValueError(f"{name} has shape {sizes} for x of shape {x.shape}; expected one per variable.")
+        return x
+
     def normalize(self, x):
         "`(..., C)` in physical units to mean 0 and deviation 1."
+        x = self._checked(x)
         return (x - np.asarray(self.mean, x.dtype)) / np.asarray(self.std, x.dtype)
 
     def denormalize(self, x):
         "`(..., C)` back to physical units."
+        x = self._checked(x)
         return x * np.asarray(self.std, x.dtype) + np.asarray(self.mean, x.dtype)
 
 # %% ../nbs/42_data.ipynb #0b84b3d0
@@ -187,6 +205,7 @@ def fit_normalizer(
     n, length = check_trajectories(x).shape[:2]
     if length < 2:
         raise ValueError(f"trajectories have {length} frame; expected at least 2, to measure the increments.")
+    x = Array("(N, T, *space, C)", finite=True)("x", x)
     axes = tuple(range(x.ndim - 2))  # of one trajectory: all but the variables
     mean = sum(a.mean(axes, dtype=np.float64) for a in x) / n
     var = sum(np.square(a - mean).mean(axes) for a in x) / n
@@ -196,6 +215,7 @@ def fit_normalizer(
     return Normalizer(*(tuple(float(f) for f in v) for v in (mean, *scales)))
 
 # %% ../nbs/42_data.ipynb #ce787475
+@takes(length=Size(), stride=Size())
 def windows(
     x: np.ndarray,  # `(N, T, *space, C)`
     length: int,  # frames per window
@@ -203,13 +223,14 @@ def windows(
 ) -> np.ndarray:  # `(M, length, *space, C)` with M = N * ((T - length) // stride + 1)
     "All windows of all trajectories, in order of trajectory, then time. Read-only where it is a view."
     n_frames = check_trajectories(x).shape[1]
-    if not 1 <= length <= n_frames or stride < 1:
-        raise ValueError(f"length={length}, stride={stride}; expected length from 1 to {n_frames} and stride >= 1.")
+    if length > n_frames:
+        raise ValueError(f"length is {length}; expected at most {n_frames}, the frames of a trajectory.")
     view = np.lib.stride_tricks.sliding_window_view(x, length, axis=1)[:, ::stride]
     view = np.moveaxis(view, -1, 2)
     return view.reshape(-1, length, *x.shape[2:])
 
 # %% ../nbs/42_data.ipynb #e556bd1d
+@takes(batch=Array("(B, T, *space, C)"))
 def random_shift(
     rng: np.random.Generator,  # source of the shifts
     batch: np.ndarray,  # `(B, T, *space, C)`
@@ -220,6 +241,7 @@ def random_shift(
     return np.stack([np.roll(w, tuple(s), axes) for w, s in zip(batch, shifts)])
 
 # %% ../nbs/42_data.ipynb #de6d2993
+@takes(batch_size=Size(), length=Size(), shift=Flag(), seed=Size(0))
 def window_batches(
     x: np.ndarray,  # `(N, T, *space, C)`
     batch_size: int,  # windows per batch
@@ -230,8 +252,8 @@ def window_batches(
 ) -> Iterator[np.ndarray]:  # batches `(batch_size, length, *space, C)` float32
     "An endless stream of batches of random windows."
     n, n_frames = check_trajectories(x).shape[:2]
-    if not 1 <= length <= n_frames or batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}, length={length}; expected >= 1 and at most {n_frames} frames.")
+    if length > n_frames:
+        raise ValueError(f"length is {length}; expected at most {n_frames}, the frames of a trajectory.")
 
     def stream():
         rng = np.random.default_rng(seed)

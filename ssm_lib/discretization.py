@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .checks import check_steps
+from .checks import Array, Number, check_steps, takes
 
 # %% ../nbs/00_discretization.ipynb #e49f9cc7
 def _expm1(z):
@@ -23,6 +23,7 @@ def _expm1(z):
     return jax.lax.complex(real, jnp.exp(a) * jnp.sin(b))
 
 # %% ../nbs/00_discretization.ipynb #a8a716d8
+@takes(z=Array("(…)", "numbers"))
 def phi1(
     z: jax.Array,  # real or complex, any shape
 ) -> jax.Array:  # (exp(z) − 1) / z, with the value 1 at z = 0
@@ -42,6 +43,7 @@ def phi1(
     return jnp.where(near, series, _expm1(z_far) / z_far)
 
 # %% ../nbs/00_discretization.ipynb #60bb3b0b
+@takes(Lambda=Array("(…)", "numbers"), Delta=Array("(…)", "reals", low=0))
 def zoh(
     Lambda: jax.Array,  # poles in continuous time, real or complex
     Delta: jax.Array,  # step, in the unit of time that Lambda is the inverse of; broadcasts with Lambda
@@ -51,6 +53,7 @@ def zoh(
     return jnp.exp(z), Delta * phi1(z)
 
 
+@takes(Lambda=Array("(…)", "numbers"), Delta=Array("(…)", "reals", low=0))
 def bilinear(
     Lambda: jax.Array,  # poles in continuous time, real or complex
     Delta: jax.Array,  # step; broadcasts with Lambda
@@ -68,6 +71,7 @@ def _discretize(rule, Lambda, B_tilde, Delta):
     return Lambda_bar, gamma[..., None] * B_tilde
 
 
+@takes(Lambda=Array("(P,)", "numbers"), B_tilde=Array("(P, H)", "numbers"), Delta=Array("(…)", "reals", low=0))
 def discretize_zoh(
     Lambda: jax.Array,  # (P,) poles
     B_tilde: jax.Array,  # (P, H) input matrix in the eigenbasis
@@ -77,6 +81,7 @@ def discretize_zoh(
     return _discretize(zoh, Lambda, B_tilde, Delta)
 
 
+@takes(Lambda=Array("(P,)", "numbers"), B_tilde=Array("(P, H)", "numbers"), Delta=Array("(…)", "reals", low=0))
 def discretize_bilinear(
     Lambda: jax.Array,  # (P,) poles
     B_tilde: jax.Array,  # (P, H) input matrix in the eigenbasis
@@ -86,6 +91,7 @@ def discretize_bilinear(
     return _discretize(bilinear, Lambda, B_tilde, Delta)
 
 # %% ../nbs/00_discretization.ipynb #42dfaab0
+@takes(Lambda_re=Array("(…)"), limit=Number())
 def clip_poles(
     Lambda_re: jax.Array,  # real parts of poles
     limit: float = -1e-4,  # largest real part allowed

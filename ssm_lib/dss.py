@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from .checks import check_choice, check_even, check_positive, check_steps
+from .checks import Array, Choice, Maybe, Number, Size, check_even, check_steps, takes
 from .contract import SSMLayer
 from .discretization import clip_poles, log_step_initializer, phi1, zoh
 from .hippo import dplr
@@ -21,6 +21,7 @@ def _reciprocal(z, eps):
     return z.conj() / (z.real**2 + z.imag**2 + eps)
 
 
+@takes(x=Array("(L,)", "numbers"), eps=Number(0))
 def complex_softmax(
     x: jax.Array,  # (L,) complex
     eps: float = 1e-7,  # keeps the reciprocal of a vanishing sum finite
@@ -30,6 +31,7 @@ def complex_softmax(
     return e * _reciprocal(e.sum(), eps)
 
 # %% ../nbs/22_dss.ipynb #839975df
+@takes(W=Array("(…, P)", "numbers"), Lambda=Array("(P,)", "numbers"), L=Size(), step=Array("()", "reals", low=0))
 def dss_kernel(
     W: jax.Array,  # (1, P) or (P,) complex weights
     Lambda: jax.Array,  # (P,) complex poles
@@ -47,6 +49,7 @@ def _geometric(z, L):
     return L * phi1(L * z) / phi1(z)
 
 
+@takes(W=Array("(…, P)", "numbers"), Lambda=Array("(P,)", "numbers"), L=Size(), step=Array("()", "reals", low=0))
 def dss_ssm(
     W: jax.Array,  # (1, P) or (P,) complex weights
     Lambda: jax.Array,  # (P,) complex poles
@@ -88,14 +91,13 @@ class DSS(SSMLayer):
     dt_max: float = 0.1
     n_steps: int | None = None
 
+    kinds = {"d_model": Size(), "l_max": Size(), "n_steps": Maybe(Size()), "kernel": Choice(DSS_KERNELS)}
     pole_parameters = ("Lambda_re", "Lambda_im", "log_step")
 
     def __post_init__(self):
-        check_positive(d_model=self.d_model, l_max=self.l_max, n_steps=self.n_steps)
-        check_even(d_hidden=self.d_hidden)
-        check_choice("kernel", self.kernel, DSS_KERNELS)
-        check_steps(self.dt_min, self.dt_max)
         super().__post_init__()
+        check_even(d_hidden=self.d_hidden)
+        check_steps(self.dt_min, self.dt_max)
 
     def setup(self):
         Lambda = dplr("legs", self.d_hidden, conj_sym=True).Lambda

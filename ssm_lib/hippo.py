@@ -15,14 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .checks import check_choice, check_divides, check_even, check_positive
+from .checks import Choice, Flag, Size, check_choice, check_divides, check_even, check_positive, takes
 
 # %% ../nbs/10_hippo.ipynb #fe579639
+@takes(N=Size())
 def make_HiPPO(
     N: int,  # order: number of polynomial coefficients
 ) -> np.ndarray:  # (N, N) float64
     "The HiPPO-LegS transition matrix A (Gu et al. 2020, HiPPO, theorem 2), negative on the diagonal."
-    check_positive(N=N)
     root = np.sqrt(1 + 2 * np.arange(N))
     return np.diag(np.arange(N, dtype=float)) - np.tril(root[:, None] * root[None, :])
 
@@ -172,6 +172,7 @@ def _build(measure, N, options):
     return MEASURES[measure](N, **options)
 
 # %% ../nbs/10_hippo.ipynb #0d5832d1
+@takes(measure=Choice(tuple(MEASURES)), N=Size())
 def transition(
     measure: str,  # a name in `MEASURES`
     N: int,  # order: size of the real state
@@ -206,6 +207,7 @@ _REMEDIES = {
 }
 
 
+@takes(measure=Choice(tuple(MEASURES)), N=Size())
 def nplr(
     measure: str,  # a name in `MEASURES`
     N: int,  # order
@@ -223,6 +225,7 @@ def nplr(
     return A, P, B
 
 
+@takes(N=Size())
 def make_NPLR_HiPPO(
     N: int,  # order
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # A (N, N), P (N,), B (N,), float64
@@ -237,6 +240,7 @@ def _eigen(normal):
     return np.mean(np.diag(normal)) + 1j * Lambda_imag, V
 
 
+@takes(N=Size())
 def make_DPLR_HiPPO(
     N: int,  # order
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -306,6 +310,7 @@ def _conjugate_eigen(normal):
     return Lambda, np.concatenate([below, middle, below[:, ::-1].conj()], 1)
 
 # %% ../nbs/10_hippo.ipynb #161be2ee
+@takes(measure=Choice(tuple(MEASURES)), N=Size(), conj_sym=Flag(), n_blocks=Size())
 def dplr(
     measure: str,  # a name in `MEASURES`
     N: int,  # order: size of the real state, of all blocks together
@@ -384,7 +389,10 @@ class Hippo:
     def __init__(
         self, state_size, measure="legs", conj_sym=False, dplr=False, block_diagonal=False, n_blocks=1, **options
     ):
-        check_positive(state_size=state_size)
+        for name, size in {"state_size": state_size, "n_blocks": n_blocks}.items():
+            Size()(name, size)
+        for name, value in {"conj_sym": conj_sym, "dplr": dplr, "block_diagonal": block_diagonal}.items():
+            Flag()(name, value)
         if n_blocks > 1 and not block_diagonal:
             raise ValueError(f"n_blocks is {n_blocks}; expected 1 without block_diagonal. Add block_diagonal=True.")
         self.state_size, self.measure, self.conj_sym, self.dplr = state_size, measure, conj_sym, dplr

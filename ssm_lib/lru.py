@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .checks import check_positive
+from .checks import Array, Flag, Maybe, Number, Size, check_fields, takes
 from .contract import SSMLayer
 from .discretization import clip_poles, phi1
 from .run import whole
@@ -21,13 +21,15 @@ from .system import DiagonalSystem
 
 # %% ../nbs/21_lru.ipynb #1c380135
 def _check_ring(r_min, r_max, max_phase):
-    if not 0 <= r_min <= r_max <= 1 or r_max == 0:
+    for name, value in {"r_min": r_min, "r_max": r_max, "max_phase": max_phase}.items():
+        Number(0)(name, value)
+    if not r_min <= r_max <= 1 or r_max == 0:
         raise ValueError(
             f"r_min, r_max are {r_min}, {r_max}; "
             "expected 0 ≤ r_min ≤ r_max ≤ 1, r_max > 0: a ring in the unit disc."
         )
-    if not max_phase > 0:
-        raise ValueError(f"max_phase is {max_phase}; expected a positive angle in radians, 2π for the whole ring.")
+    if max_phase == 0:
+        raise ValueError("max_phase is 0; expected a positive angle in radians, 2π for the whole ring.")
 
 
 def nu_init(
@@ -40,7 +42,7 @@ def nu_init(
     "ν with |λ|² uniform in [r_min², r_max²] (Orvieto et al. 2023, lemma 3.2)."
     info = jnp.finfo(dtype)
     square = r_min**2 + (r_max**2 - r_min**2) * jax.random.uniform(key, shape, dtype)
-    return jnp.log(-0.5 * jnp.log(jnp.clip(square, info.tiny, 1 - info.eps)))
+    return jnp.log(-0.5 * jnp.log(jnp.clip(square, float(info.tiny), 1 - float(info.eps))))
 
 
 def theta_init(
@@ -73,6 +75,7 @@ def matrix_init(
     return jax.random.normal(key, shape, dtype) / normalization
 
 # %% ../nbs/21_lru.ipynb #1b12cf14
+@takes(nu_log=Array("(…)"), theta_log=Array("(…)"), clip_eigs=Flag())
 def log_poles(
     nu_log: jax.Array,  # (P,) log of the decay rate
     theta_log: jax.Array,  # (P,) log of the angle
@@ -94,6 +97,10 @@ def _lru_system(discrete_lambda, B_norm, C, D):
 
 
 
+@takes(
+    inputs=Array("(L, H)"), discrete_lambda=Array("(P,)", "numbers"), B_norm=Array("(P, H)", "numbers"),
+    C=Array("(H, P)", "numbers"), D=Array("(H,)"),
+)
 def apply_lru_dynamics(
     inputs: jax.Array,  # (L, H)
     discrete_lambda: jax.Array,  # (P,) complex poles
@@ -105,6 +112,10 @@ def apply_lru_dynamics(
     return whole(_lru_system(discrete_lambda, B_norm, C, D), inputs)
 
 
+@takes(
+    ic=Array("(1, H)"), n_steps=Size(), discrete_lambda=Array("(P,)", "numbers"),
+    B_norm=Array("(P, H)", "numbers"), C=Array("(H, P)", "numbers"),
+)
 def apply_lru_dynamics_from_ic(
     ic: jax.Array,  # (1, H) the frame to start from
     n_steps: int,  # frames wanted
@@ -113,7 +124,6 @@ def apply_lru_dynamics_from_ic(
     C: jax.Array,  # (H, P) complex output matrix
 ) -> jax.Array:  # (n_steps, H)
     "The response to the impulse [ic, 0, 0, …], without feedthrough."
-    check_positive(n_steps=n_steps)
     return whole(_lru_system(discrete_lambda, B_norm, C, None), impulse(ic, n_steps))
 
 # %% ../nbs/21_lru.ipynb #e5766e90
@@ -138,12 +148,12 @@ class LRU(SSMLayer):
     max_phase: float = 6.28
     n_steps: int | None = None
 
+    kinds = {"d_hidden": Size(), "d_model": Size(), "n_steps": Maybe(Size())}
     pole_parameters = ("nu_log", "theta_log", "gamma_log")
 
     def __post_init__(self):
-        check_positive(d_hidden=self.d_hidden, d_model=self.d_model, n_steps=self.n_steps)
-        _check_ring(self.r_min, self.r_max, self.max_phase)
         super().__post_init__()
+        _check_ring(self.r_min, self.r_max, self.max_phase)
 
     def setup(self):
         P, H = self.d_hidden, self.d_model
@@ -186,14 +196,17 @@ class LRUDynamics(nn.Module):
     max_phase: float
     clip_eigs: bool = False
 
+    kinds = {"d_hidden": Size(), "clip_eigs": Flag()}
+
     def __post_init__(self):
-        check_positive(d_hidden=self.d_hidden)
+        check_fields(self)
         _check_ring(self.r_min, self.r_max, self.max_phase)
         super().__post_init__()
 
     @nn.compact
     def __call__(self, x0, steps):
-        check_positive(steps=steps)
+        x0 = Array("(…, P)", "numbers")("x0", x0)
+        Size()("steps", steps)
         if x0.shape not in ((self.d_hidden,), (1, self.d_hidden)):
             raise ValueError(
                 f"x0 has shape {x0.shape}; "

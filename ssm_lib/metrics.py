@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .checks import check_positive
+from .checks import Array, Size, takes
 
 # %% ../nbs/43_metrics.ipynb #d35f998f
+@takes(prediction=Array("(N, T, *space, C)"), truth=Array("(N, T, *space, C)", finite=True))
 def nrmse(
     prediction: np.ndarray,  # (N, T, *space, C)
     truth: np.ndarray,  # (N, T, *space, C)
@@ -33,12 +34,12 @@ def nrmse(
     return (norm(np.asarray(prediction, np.float64) - truth) / size).mean(0)
 
 # %% ../nbs/43_metrics.ipynb #e160d453
+@takes(history=Array("(N, T0, *space, C)"), n_steps=Size())
 def persistence(
     history: np.ndarray,  # (N, T0, *space, C)
     n_steps: int,  # frames to predict
 ) -> np.ndarray:  # (N, n_steps, *space, C)
     "The last known frame, repeated."
-    check_positive(n_steps=n_steps)
     return np.repeat(history[:, -1:], n_steps, 1)
 
 # %% ../nbs/43_metrics.ipynb #4b321415
@@ -49,13 +50,13 @@ class LinearForecast(NamedTuple):
     b: np.ndarray  # (F,)
     ridge: float
 
+    @takes(history=Array("(N, T0, *space, C)"), n_steps=Size())
     def rollout(
         self,
         history: np.ndarray,  # (N, T0, *space, C); the last frame is used
         n_steps: int,  # frames to predict
     ) -> np.ndarray:  # (N, n_steps, *space, C)
         "Apply the map again and again."
-        check_positive(n_steps=n_steps)
         x, frames = history[:, -1].reshape(len(history), -1), []
         for _ in range(n_steps):
             x = x @ self.A.T + self.b
@@ -76,6 +77,7 @@ def _ridge(x, ridge):
     return LinearForecast(A, after.mean(0) - A @ mean, ridge)
 
 
+@takes(x=Array("(N, T, *space, C)", finite=True), horizon=Size())
 def fit_linear(
     x: np.ndarray,  # (N, T, *space, C) training trajectories
     ridges: tuple = (0.0, 1e-10, 1e-8, 1e-6, 1e-4, 1e-2),  # strengths to try, relative to the mean variance

@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from .blocks import SequenceLayer
-from .checks import check_positive
+from .checks import Array, Function, Maybe, Size, shown
 from .contract import Recurrent
 
 # %% ../nbs/31_models.ipynb #d7464995
@@ -83,6 +83,10 @@ class StackedSSM(Recurrent):
     activation: str = "half_glu1"
     prenorm: bool = True
 
+    kinds = {
+        **SequenceLayer.kinds, "d_vars": Size(), "n_layers": Size(), "n_steps": Maybe(Size()),
+        "ssm_first_layer": Maybe(Function("partial(S5SSM, d_hidden=64, n_steps=100)")), "d_model": lambda *_: None,
+    }
     space_axes = ("W",)  # names of the axes of space, for messages
 
     space = property(lambda self: tuple(self.d_model) if isinstance(self.d_model, (tuple, list)) else (self.d_model,))
@@ -100,10 +104,10 @@ class StackedSSM(Recurrent):
         return self.n_steps if own is None else own
 
     def __post_init__(self):
-        check_positive(d_vars=self.d_vars, n_layers=self.n_layers, n_steps=self.n_steps)
         if len(self.space) != len(self.space_axes):
             raise ValueError(f"d_model is {self.d_model}; expected {len(self.space_axes)} size(s), {self.space_axes}.")
-        check_positive(**dict(zip(self.space_axes, self.space)))
+        for axis, size in zip(self.space_axes, self.space):
+            Size()(f"d_model ({axis})", size)
         super().__post_init__()
 
     def setup(self):
@@ -114,7 +118,9 @@ class StackedSSM(Recurrent):
 
     def stretch(self, x, carry, times):
         h, times, carries = self.mixing.encode(times.see(x)), self.mixing.times(times), []
-        for block, c in zip(self.blocks, carry or [None] * self.n_layers, strict=True):
+        if carry is not None and (not isinstance(carry, tuple | list) or len(carry) != self.n_layers):
+            raise ValueError(f"carry is {shown(carry)}; expected a tuple of {self.n_layers}, one for each block.")
+        for block, c in zip(self.blocks, carry or [None] * self.n_layers):
             c, h = block.stretch(h, c, times)
             carries.append(c)
             times = replace(times, seen=None)  # the first block alone is an initial-condition block
@@ -162,8 +168,14 @@ class IncrementModel(Recurrent):
     whole_only = property(lambda self: self.model.whole_only)
 
     def __post_init__(self):
+        if not isinstance(self.model, Recurrent):
+            raise ValueError(f"model is {shown(self.model)}; expected a model, e.g. BatchStackedSSMModel(…).")
         for name in ("mean", "std", "increment_std"):
-            object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
+            values = Array("(C,)", "reals", finite=True)(name, getattr(self, name))
+            object.__setattr__(self, name, tuple(map(float, values)))
+        sizes = {name: len(getattr(self, name)) for name in ("mean", "std", "increment_std")}
+        if set(sizes.values()) != {self.model.frame[-1]}:
+            raise ValueError(f"scales have sizes {sizes}; expected {self.model.frame[-1]} each, one for each variable.")
         if min((*self.std, *self.increment_std)) <= 0:
             raise ValueError(f"std, increment_std are {self.std}, {self.increment_std}; expected positive deviations.")
         super().__post_init__()
@@ -176,8 +188,6 @@ class IncrementModel(Recurrent):
             )
 
     def stretch(self, x, carry, times):
-        if x.shape[-1] != len(self.mean):
-            raise ValueError(f"x has {x.shape[-1]} variables; expected {len(self.mean)}, as many as mean has.")
         mean, std, scale = (jnp.asarray(z, x.dtype) for z in (self.mean, self.std, self.increment_std))
         carry, y = self.model.stretch((x - mean) / std, carry, times)
         return carry, x + scale * y

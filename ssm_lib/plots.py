@@ -10,14 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-from .checks import check_positive
+from .checks import Array, Number, Size, takes
 
 # %% ../nbs/44_plots.ipynb #aed5fd39
 def _pyplot():
     try:
         import matplotlib.pyplot as plt
     except ImportError:
-        raise ImportError('plots need matplotlib; install it with: pip install "ssm_lib[demo]"') from None
+        raise ImportError('plots need matplotlib. Install it: pip install matplotlib') from None
     return plt
 
 
@@ -33,6 +33,10 @@ def _check_pair(truth, prediction, variable):
     return truth, prediction, max(np.abs(truth).max(), 1e-12)
 
 # %% ../nbs/44_plots.ipynb #99250af7
+@takes(
+    truth=Array("(T, *space, C)"), prediction=Array("(T, *space, C)"), dt=Number(0, open=True),
+    variable=Size(0), start=Size(0),
+)
 def plot_rollout(
     truth: np.ndarray,  # (T, W, C) or (T, H, W, C), one trajectory
     prediction: np.ndarray,  # same shape
@@ -67,6 +71,7 @@ def plot_rollout(
     return fig
 
 # %% ../nbs/44_plots.ipynb #9219ca5a
+@takes(dt=Number(0, open=True))
 def plot_errors(
     errors: dict,  # name → (T,) error at leads 1 … T
     *,
@@ -125,6 +130,10 @@ def _grid_frames(plt, truth, prediction, top, start):
     return fig, draw
 
 
+@takes(
+    truth=Array("(T, *space, C)"), prediction=Array("(T, *space, C)"), fps=Size(), every=Size(),
+    variable=Size(0), start=Size(0),
+)
 def animate_rollout(
     truth: np.ndarray,  # (T, W, C) or (T, H, W, C), one trajectory
     prediction: np.ndarray,  # same shape
@@ -136,7 +145,6 @@ def animate_rollout(
     start: int = 0,  # number of the first frame
 ) -> None:
     "Write an animation of truth and prediction. Needs matplotlib and pillow."
-    check_positive(every=every)
     truth, prediction, top = _check_pair(truth, prediction, variable)
     plt = _pyplot()
     from matplotlib.animation import FuncAnimation, PillowWriter

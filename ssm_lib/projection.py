@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.polynomial import laguerre, legendre
 
-from .checks import check_choice, check_positive
+from .checks import Array, Choice, Flag, Maybe, Number, Size, check_fields, takes
 from .convolution import METHODS, discretize_dense
-from .hippo import transition
+from .hippo import MEASURES, transition
 from .scan import binary_operator
 
 # %% ../nbs/11_projection.ipynb #3d282d1b
@@ -62,6 +62,10 @@ def _legs_shrink(h, d):
     return (1 - h) * (d + jnp.moveaxis(gain, 0, -1))
 
 # %% ../nbs/11_projection.ipynb #ac174d6c
+@takes(
+    c=Array("(…, N)", "numbers"), f=Array("(…)", "numbers"), h=Array("(…)", "reals", low=0),
+    method=Choice(tuple(METHODS)),
+)
 def legs_step(
     c: jax.Array,  # (..., N) coefficients before the step
     f: jax.Array,  # (...) the sample
@@ -73,7 +77,6 @@ def legs_step(
     O(N) operations for the rational rules, in O(log N) rounds; O(N²) for "zoh", which is exact for a signal that is
     held at f from t_before to t.
     """
-    check_choice("method", method, METHODS)
     h = jnp.asarray(h, c.dtype)[..., None]
     h = h.reshape((1,) * (c.ndim - h.ndim) + h.shape)
     present = jnp.zeros_like(c).at[..., 0].set(f)
@@ -108,14 +111,12 @@ def _check_clock(measure, dt, times, start):
     if measure == "legs":
         if dt is not None:
             raise ValueError(f"dt is {dt}, but LegS has no clock of its own. Use times (any unit), or leave both out.")
-    elif dt is not None and not dt > 0:
-        raise ValueError(f"dt is {dt}; expected a positive step, in the measure's own time.")
     elif dt is None:
         raise ValueError(
             "dt is None; "
             f"expected the step in the time of {measure!r}: 1/400 puts 400 samples into a window of one."
         )
-    elif times is not None or start != 0:
+    elif Number(0, open=True)("dt", dt) and (times is not None or start != 0):
         raise ValueError(f"times and start are for 'legs'; {measure!r} runs at constant steps. Use dt.")
 
 # %% ../nbs/11_projection.ipynb #9e8a29fa
@@ -141,6 +142,11 @@ def _run_constant(f, A_bar, B_bar, c0, last):
     return _scan(advance, c0, (f,), last)
 
 # %% ../nbs/11_projection.ipynb #cb2119e0
+@takes(
+    f=Array("(L, …)", "numbers"), measure=Choice(tuple(MEASURES)), N=Size(), method=Choice(tuple(METHODS)),
+    dt=Maybe(Number(0, open=True)), times=Maybe(Array("(L,)", "reals", finite=True)), start=Number(0),
+    c0=Maybe(Array("(…, N)", "numbers")), last=Flag(),
+)
 def project_online(
     f: jax.Array,  # (L, ...) signal, or many: time first, then any channels
     measure: str,  # "legs", or any other measure of `transition`
@@ -161,7 +167,6 @@ def project_online(
     long, it blows up during the first N steps before it settles: past 1e17 for N = 32, past float32 from N of about 60.
     """
     f, (A, B) = jnp.asarray(f), transition(measure, N, **options)
-    check_choice("method", method, METHODS)
     _check_clock(measure, dt, times, start)
     if f.ndim == 0:
         raise ValueError("f has shape (); expected (L, ...), time first.")
@@ -199,6 +204,7 @@ BASES = {
 }
 
 
+@takes(measure=Choice(tuple(BASES)), N=Size(), lag=Array("(…)", "reals", low=0))
 def basis(
     measure: str,  # one of `BASES`
     N: int,  # order
@@ -206,11 +212,10 @@ def basis(
     **options,  # of the measure: window, beta
 ) -> np.ndarray:  # (*lag.shape, N) float64
     "The functions of the lag whose coefficients a projection holds (Gu et al. 2020, HiPPO)."
-    check_choice("measure", measure, BASES)
-    check_positive(N=N)
     return BASES[measure](N, np.asarray(lag, np.float64), **options)
 
 
+@takes(c=Array("(…, N)"), measure=Choice(tuple(BASES)), lag=Array("(…)", "reals", low=0))
 def reconstruct(
     c: jax.Array,  # (..., N) coefficients
     measure: str,  # one of `BASES`
@@ -258,10 +263,10 @@ class HiPPOCell(nn.RNNCellBase):
     method: str = "bilinear"
     dt: float | None = None
 
+    kinds = {"features": Size(), "N": Size(), "gate": Choice(tuple(GATES)), "method": Choice(tuple(METHODS))}
+
     def __post_init__(self):
-        check_positive(features=self.features, N=self.N)
-        check_choice("gate", self.gate, GATES)
-        check_choice("method", self.method, METHODS)
+        check_fields(self)
         is_complex = np.iscomplexobj(transition(self.measure, self.N)[0])
         _check_clock(self.measure, self.dt, None, 0)
         if is_complex:

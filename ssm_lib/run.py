@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 
-from .checks import check_choice, check_length, check_positive
+from .checks import Choice, Maybe, Size, check_fields, check_length, shown
 from .scan import SCAN_BACKENDS, scan_in_segments, without_axis
 from .system import System, Times, feed_through
 
@@ -30,9 +30,10 @@ class Plan:
     backend: str = "auto"
     segment: int | None = None
 
+    kinds = {"backend": Choice(("auto", *SCAN_BACKENDS)), "segment": Maybe(Size())}
+
     def __post_init__(self):
-        check_choice("backend", self.backend, ("auto", *SCAN_BACKENDS))
-        check_positive(segment=self.segment)
+        check_fields(self)
 
 
 def segment_steps(
@@ -59,13 +60,21 @@ def _settled(system, times):
     return system if times.dt_varies else system.at(None if times.dt is None else times.dt[..., None])
 
 
+def _checked_carry(x, zero):
+    "A state that was handed over, if it is like the zero state; a number or a square would broadcast without a word."
+    told = lambda tree: ", ".join(str(jnp.shape(z)) for z in jax.tree.leaves(tree)) or shown(tree)
+    if jax.tree.structure(x) != jax.tree.structure(zero) or told(x) != told(zero):
+        raise ValueError(f"carry is {told(x)}; expected {told(zero)}, as `initial_carry` or `prefill` gives it.")
+    return x
+
+
 def _in_segments(system, u, x, times, plan, reverse=False):
     "`run` for a system that is settled."
     axis, first = times.axis, jax.tree.leaves(u)[0]
     L = first.shape[axis]
     cut, dt = (times, None) if times.dt_varies else (replace(times, dt=None), times.dt)
-    if x is None:
-        x = system.zero_state(without_axis(first.shape[:-1], axis))
+    zero = system.zero_state(without_axis(first.shape[:-1], axis))
+    x = zero if x is None else _checked_carry(x, zero)
     x = jax.tree.map(lambda z: z.astype(jnp.promote_types(z.dtype, first.dtype)), x)
     end = lambda z: jax.lax.index_in_dim(z, 0 if reverse else -1, axis, keepdims=False)
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .checks import check_choice, check_even, check_positive, check_steps
+from .checks import Array, Choice, Flag, Maybe, Number, Size, check_even, check_steps, takes
 from .contract import SSMLayer
 from .convolution import causal_convolution
 from .discretization import DISCRETIZATIONS, clip_poles, log_step_initializer
@@ -24,13 +24,13 @@ from .system import DiagonalBank, System, to_complex
 class _PerFeature(SSMLayer):
     "What S4D and S4 share: poles, output vector, feedthrough and step of each feature."
 
+    kinds = {"d_model": Size(), "d_hidden": Size(), "n_steps": Maybe(Size()), "step_rescale": Number(0, open=True)}
     pole_parameters = ("Lambda_re", "Lambda_im", "log_step", "P")
 
     def __post_init__(self):
-        check_positive(d_model=self.d_model, n_steps=self.n_steps)
+        super().__post_init__()
         check_even(d_hidden=self.d_hidden)
         check_steps(self.dt_min, self.dt_max, self.step_rescale)
-        super().__post_init__()
 
     def _start(self, name, z):
         "A parameter that starts from the same complex numbers for each feature, as pairs."
@@ -80,10 +80,7 @@ class S4D(_PerFeature):
     step_rescale: float = 1.0
     n_steps: int | None = None
 
-    def __post_init__(self):
-        check_choice("poles", self.poles, S4D_POLES)
-        check_choice("discretization", self.discretization, DISCRETIZATIONS)
-        super().__post_init__()
+    kinds = {**_PerFeature.kinds, "poles": Choice(S4D_POLES), "discretization": Choice(tuple(DISCRETIZATIONS))}
 
     def setup(self):
         Lambda = np.diag(transition(f"s4d_{self.poles}", self.d_hidden)[0])[: self.d_hidden // 2]
@@ -162,6 +159,10 @@ class DPLRSystem(System):
         return causal_convolution(u, jax.vmap(kernel)(self.Lambda, self.P, self.B, self.C, self.Delta).T, axis)
 
 # %% ../nbs/23_s4.ipynb #1a27fc97
+@takes(
+    Lambda=Array("(P,)", "numbers"), P=Array("(r, P)", "numbers"), B=Array("(P,)", "numbers"),
+    C=Array("(P,)", "numbers"), Delta=Array("()", "reals", low=0), L=Size(), conj_sym=Flag(),
+)
 def kernel_dplr(
     Lambda: jax.Array,  # (N/2,) poles in continuous time; all arrays (…, N) without conj_sym
     P: jax.Array,  # (r, N/2) low-rank factor
@@ -186,6 +187,10 @@ def kernel_dplr(
     return K[:L] / jnp.asarray(shrink ** np.arange(L), K.dtype)
 
 # %% ../nbs/23_s4.ipynb #fc0b4fd9
+@takes(
+    Lambda=Array("(N,)", "numbers"), P=Array("(…, N)", "numbers"), B=Array("(N,)", "numbers"),
+    Delta=Array("()", "reals", low=0),
+)
 def discretize_dplr(
     Lambda: jax.Array,  # (N,) poles in continuous time, all of them
     P: jax.Array,  # (r, N) or (N,) low-rank factor
@@ -201,6 +206,7 @@ def discretize_dplr(
     return backward @ forward, 2 * backward @ B
 
 # %% ../nbs/23_s4.ipynb #d5641c9d
+@takes(C_tilde=Array("(N,)", "numbers"), A_bar=Array("(N, N)", "numbers"), L=Size())
 def untruncate(
     C_tilde: jax.Array,  # (N,) as published checkpoints hold it
     A_bar: jax.Array,  # (N, N) one-step map
@@ -217,7 +223,7 @@ class S4(_PerFeature):
     ----------
     d_model : number of features H, in and out
     d_hidden : size of the state of each feature, counted in real numbers; d_hidden/2 complex coordinates are kept
-    l_max : longest sequence of one call
+    l_max : longest sequence of one call, if it is to be limited; the kernel does not depend on it
     measure : the HiPPO matrix to start from, any with a normal + low-rank form ("legs", "legt", "lagt", "fourier", …)
     dt_min, dt_max : range of the initial steps
     step_rescale : factor on all steps, to run at another sampling rate
@@ -230,15 +236,16 @@ class S4(_PerFeature):
 
     d_model: int
     d_hidden: int
-    l_max: int
+    l_max: int | None = None
     measure: str = "legs"
     dt_min: float = 0.001
     dt_max: float = 0.1
     step_rescale: float = 1.0
     n_steps: int | None = None
 
+    kinds = {**_PerFeature.kinds, "l_max": Maybe(Size())}
+
     def __post_init__(self):
-        check_positive(l_max=self.l_max)
         super().__post_init__()
         nplr(self.measure, self.d_hidden)
 

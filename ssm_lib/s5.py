@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from .checks import check_choice, check_divides, check_even, check_positive, check_steps
+from .checks import Array, Choice, Flag, Maybe, Number, Size, check_divides, check_even, check_steps, takes
 from .contract import SSMLayer
 from .discretization import DISCRETIZATIONS, clip_poles, log_step_initializer
 from .hippo import dplr
@@ -79,6 +79,11 @@ def _published(Lambda_bar, B_bar, C_tilde, conj_sym, bidirectional):
     return DiagonalSystem(held, B_bar, C[:, :P], C_back=C[:, P:] if bidirectional else None)
 
 
+@takes(
+    Lambda_bar=Array("(P,)", "numbers"), B_bar=Array("(P, H)", "numbers"),
+    C_tilde=Array("(H, P)", "numbers"), input_sequence=Array("(L, H)"), conj_sym=Flag(),
+    bidirectional=Flag(),
+)
 def apply_ssm(
     Lambda_bar: jax.Array,  # (P,) discrete poles
     B_bar: jax.Array,  # (P, H) discrete input matrix
@@ -91,6 +96,10 @@ def apply_ssm(
     return whole(_published(Lambda_bar, B_bar, C_tilde, conj_sym, bidirectional), input_sequence)
 
 # %% ../nbs/20_s5.ipynb #a4a616b7
+@takes(
+    x0=Array("(…, H)"), steps=Size(), Lambda_bar=Array("(P,)", "numbers"), B_bar=Array("(P, H)", "numbers"),
+    C_tilde=Array("(H, P)", "numbers"), conj_sym=Flag(), bidirectional=Flag(),
+)
 def apply_dynamics(
     x0: jax.Array,  # (H,) or (1, H) the frame to start from
     steps: int,  # frames wanted
@@ -101,7 +110,6 @@ def apply_dynamics(
     bidirectional: bool,  # whether to run from both ends
 ) -> jax.Array:  # (steps, H)
     "The response of the system to the impulse [x0, 0, 0, …], without feedthrough."
-    check_positive(steps=steps)
     u = impulse(jnp.reshape(x0, (1, -1)), steps)
     return apply_ssm(Lambda_bar, B_bar, C_tilde, u, conj_sym, bidirectional)
 
@@ -162,6 +170,11 @@ class S5SSM(SSMLayer):
     blocks: int = 16
     n_steps: int | None = None
 
+    kinds = {
+        "d_model": Size(), "d_hidden": Size(), "blocks": Size(), "n_steps": Maybe(Size()),
+        "C_init": Choice(tuple(C_INITS)), "discretization": Choice(tuple(DISCRETIZATIONS)),
+        "conj_sym": Flag(), "clip_eigs": Flag(), "bidirectional": Flag(), "step_rescale": Number(0, open=True),
+    }
     pole_parameters = ("Lambda_re", "Lambda_im", "log_step")
 
     @property
@@ -170,12 +183,9 @@ class S5SSM(SSMLayer):
         return refused if self.bidirectional else ""
 
     def __post_init__(self):
-        check_positive(d_model=self.d_model, n_steps=self.n_steps)
-        _blocks(self.d_hidden, self.blocks, self.conj_sym)
-        check_choice("C_init", self.C_init, C_INITS)
-        check_choice("discretization", self.discretization, DISCRETIZATIONS)
-        check_steps(self.dt_min, self.dt_max, self.step_rescale)
         super().__post_init__()
+        _blocks(self.d_hidden, self.blocks, self.conj_sym)
+        check_steps(self.dt_min, self.dt_max, self.step_rescale)
 
     def setup(self):
         form = _blocks(self.d_hidden, self.blocks, self.conj_sym)

@@ -12,7 +12,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from .checks import check_choice
+from .checks import Array, Flag, Function, Maybe, Size, check_choice, takes
 
 # %% ../nbs/01_scan.ipynb #041ff9cd
 def binary_operator(
@@ -43,6 +43,7 @@ def _before(x, axis, reverse):
     return jnp.concatenate([zero, _part(x, 0, L - 1, axis)], axis)
 
 
+@takes(x=Array("(…)", "numbers"), L=Size(), reverse=Flag())
 def impulse(
     x: jax.Array,  # (…, 1, …) one step, with an axis of time
     L: int,  # steps wanted
@@ -155,6 +156,10 @@ def _check_scan(Lambda_bar, Bu, x0, axis):
         raise ValueError(f"x0 has shape {x0.shape}; expected {state}, Bu without its axis of time.")
 
 
+@takes(
+    Lambda_bar=Array("(…, P)", "numbers"), Bu=Array("(…, L, P)", "numbers"),
+    x0=Maybe(Array("(…, P)", "numbers")), reverse=Flag(), axis=Size(None),
+)
 def linear_scan(
     Lambda_bar: jax.Array,  # (P,) discrete poles, or what broadcasts to Bu, e.g. (L, P) for one set per step
     Bu: jax.Array,  # (…, L, P) input of each step; other axes may lie before and after time
@@ -199,6 +204,7 @@ def _put_jvp(axis, primals, tangents):
     return _put(ys, y, start, axis), dys + _put(jnp.zeros_like(dys), dy, start, axis)
 
 
+@takes(f=Function("a function (state, xs) → (state, ys)"), size=Size(), axis=Size(0), reverse=Flag())
 def scan_in_segments(
     f,  # (state, xs of one segment) → (state, ys of it), with time on `axis`
     state,  # tree of arrays

@@ -7,9 +7,10 @@ __all__ = ['next_frame_loss', 'rollout_loss', 'parameter_groups', 'make_optimize
            'save_checkpoint', 'load_checkpoint']
 
 # %% ../nbs/41_training.ipynb #ceedc9ea
+import itertools
 import json
-import numbers
 import os
+import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -21,11 +22,12 @@ import numpy as np
 import optax
 from flax import serialization
 
-from .checks import check_positive
+from .checks import Array, Function, Maybe, Number, Size, shown, takes
 from .contract import Recurrent
-from .rollout import rollout
+from .rollout import check_model, rollout
 
 # %% ../nbs/41_training.ipynb #593823b3
+@takes(model=check_model, x=Array("(B, T, *space, C)"), scale=Array("(…)", "reals", low=0))
 def next_frame_loss(
     model,  # a Batch model of the contract
     variables,  # its variables
@@ -40,6 +42,7 @@ def next_frame_loss(
     return (loss, updated) if statistics else loss
 
 
+@takes(model=check_model, x=Array("(B, T, *space, C)"), scale=Array("(…)", "reals", low=0), history=Size())
 def rollout_loss(
     model,  # a Batch model of the contract
     variables,  # its variables
@@ -53,8 +56,19 @@ def rollout_loss(
     return jnp.mean(((future - x[:, history:]) / scale) ** 2)
 
 # %% ../nbs/41_training.ipynb #d642c3a8
+def _check_trained(model, example):
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model is {shown(model)}; expected a module, e.g. BatchStackedSSMModel(…).")
+    if example is None and not isinstance(model, Recurrent):
+        raise ValueError(
+            f"model is a {type(model).__name__} of your own; "
+            "expected example=, an input of it (or its shape)."
+        )
+
+
 def _layers(model, example):
     "The layers inside a model by their path, found by tracing it."
+    _check_trained(model, example)
     found, key = {}, jax.random.PRNGKey(0)
 
     def note(call, args, kwargs, context):
@@ -62,11 +76,6 @@ def _layers(model, example):
             found[context.module.path] = context.module
         return call(*args, **kwargs)
 
-    if example is None and not isinstance(model, Recurrent):
-        raise ValueError(
-            f"model is a {type(model).__name__} of your own; "
-            "expected example=, an input of it (or its shape)."
-        )
     if example is None:
         example = jax.ShapeDtypeStruct((1,) * (model.batch_axes or 0) + (1, *model.frame), jnp.float32)
     with nn.intercept_methods(note):
@@ -93,6 +102,10 @@ def parameter_groups(
     return jax.tree_util.tree_map_with_path(group, params)
 
 # %% ../nbs/41_training.ipynb #874809d7
+@takes(
+    learning_rate=Number(0, open=True), steps=Size(), ssm_learning_rate=Maybe(Number(0)),
+    weight_decay=Number(0), warmup=Number(0, 1), clip=Number(0, open=True),
+)
 def make_optimizer(
     model: nn.Module,  # what is trained: its layers say which of their parameters are poles
     learning_rate: float,  # peak rate
@@ -105,9 +118,7 @@ def make_optimizer(
     example=None,  # an input, or its shape, for a model of your own
 ) -> optax.GradientTransformation:
     "AdamW with parameter groups, warm-up, cosine decay and clipping (Smith et al. 2023, S5, appendix G.2)."
-    check_positive(steps=steps)
-    if isinstance(learning_rate, bool) or not isinstance(learning_rate, numbers.Real) or not learning_rate > 0:
-        raise ValueError(f"learning_rate is {learning_rate!r}; expected a positive number. The model comes first.")
+    _check_trained(model, example)
     rise, groups = max(1, int(warmup * steps)), {}
     schedule = lambda peak: optax.warmup_cosine_decay_schedule(0.0, peak, rise, max(2, steps), peak * 0.01)
 
@@ -172,10 +183,14 @@ class DivergedError(FloatingPointError):
         self.variables = variables
 
 
+@takes(
+    loss=Function("partial(next_frame_loss, model)"), steps=Size(), seed=Size(0), check_every=Size(),
+    save=Maybe(Function()),
+)
 def fit(
     loss: Callable,  # as in train_step, e.g. partial(next_frame_loss, model)
     variables,  # where to start
-    batches: Iterable,  # batches, at least `steps` of them
+    batches: Iterable,  # batches, at least `steps` of them; a warning if they run out
     optimizer: optax.GradientTransformation,  # e.g. make_optimizer(…)
     steps: int,  # number of updates
     *,
@@ -185,21 +200,28 @@ def fit(
     save: Callable | None = None,  # called with the variables after each good look, e.g. a partial of save_checkpoint
 ):  # variables, losses (steps,)
     "Train, watching loss and parameters. Raises DivergedError as soon as a look finds what is not finite."
-    check_positive(steps=steps, check_every=check_every)
     state, keys = optimizer.init(variables["params"]), jax.random.split(jax.random.PRNGKey(seed), steps)
-    losses, good = [], (0, variables)
-    shown, show = _progress(batches, steps, progress) if progress else (batches, lambda step, loss: None)
-    for step, (batch, key) in enumerate(zip(shown, keys), 1):
-        new, state, value = train_step(loss, optimizer, variables, state, batch, key)
+    losses, good, watched = [], (0, variables), itertools.islice(batches, steps)
+    watched, show = _progress(watched, steps, progress) if progress else (watched, lambda step, loss: None)
+
+    def look(step):
+        nonlocal good
+        if not (np.isfinite(np.asarray(losses[good[0] :])).all() and _all_finite(variables)):
+            raise DivergedError(step, *good)
+        show(step, float(losses[-1]))
+        good = (step, variables)
+        if save is not None:
+            save(variables)
+
+    for step, batch in enumerate(watched, 1):
+        variables, state, value = train_step(loss, optimizer, variables, state, batch, keys[step - 1])
         losses.append(value)
         if step % check_every == 0 or step == steps:
-            if not (np.isfinite(np.asarray(losses[good[0] :])).all() and _all_finite(new)):
-                raise DivergedError(step, *good)
-            show(step, float(value))
-            good = (step, new)
-            if save is not None:
-                save(new)
-        variables = new
+            look(step)
+    if len(losses) < steps:
+        warnings.warn(f"batches ran out after {len(losses)} of {steps} steps; what was learned is kept.", stacklevel=2)
+        if good[0] < len(losses):
+            look(len(losses))
     return variables, np.asarray(losses)
 
 # %% ../nbs/41_training.ipynb #90efce7f

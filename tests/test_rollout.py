@@ -1,5 +1,6 @@
 """Rollouts: every way in, off by none; long ones with flat memory; gradients; what stops them."""
 
+import sys
 from functools import partial
 
 import jax
@@ -8,7 +9,17 @@ import numpy as np
 import pytest
 from flax import serialization
 
-from ssm_lib import DSS, LRU, S5SSM, BatchStackedSSMModel, RolloutDivergedError, rollout, rollout_stream, write_rollout
+from ssm_lib import (
+    DSS,
+    LRU,
+    S5SSM,
+    BatchStackedSSM2DModel,
+    BatchStackedSSMModel,
+    RolloutDivergedError,
+    rollout,
+    rollout_stream,
+    write_rollout,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -171,7 +182,7 @@ def wild():
 @pytest.mark.parametrize("chunk", (1, 4, 100))
 def test_stream_stops_at_the_first_bad_frame(chunk):
     "The error names it, all frames before it were passed on, and a plain rollout agrees which it is."
-    frames = np.asarray(rollout(MODEL, wild(), RECORD, 30))
+    frames = np.asarray(rollout(MODEL, wild(), RECORD, 30, check=False))
     first = int(np.argmin(np.isfinite(frames).all((0, 2, 3))))
     assert 0 < first < 29
     passed = []
@@ -181,6 +192,22 @@ def test_stream_stops_at_the_first_bad_frame(chunk):
     assert caught.value.step == first
     kept = np.concatenate(passed, 1)
     assert kept.shape[1] == first and np.isfinite(kept).all()
+    with pytest.raises(RolloutDivergedError, match=f"frame {first} ") as caught:
+        rollout(MODEL, wild(), RECORD, 30)
+    np.testing.assert_array_equal(caught.value.frames, frames)
+
+
+def test_models_that_were_made_alike_compile_once():
+    "From partials of their own, and from options that are lists, as a config read from a file has them."
+    make = lambda sizes: BatchStackedSSM2DModel(partial(S5SSM, d_hidden=8, blocks=1), d_model=sizes, d_vars=1, n_layers=1)
+    x = jnp.ones((1, 1, 2, 2, 1))
+    v = jax.jit(make((2, 2)).init)(jax.random.PRNGKey(0), x)
+    compiled = sys.modules["ssm_lib.rollout"].__dict__["_rollout"]._cache_size
+    rollout(make((2, 2)), v, x, 3)
+    before = compiled()
+    for sizes in ((2, 2), [2, 2]):
+        rollout(make(sizes), v, x, 3)
+    assert compiled() == before
 
 
 @pytest.mark.parametrize("kind", ("memmap", "zarr"))

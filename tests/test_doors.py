@@ -1,0 +1,275 @@
+"""Every public name, given what is wrong: one line that names the argument, before anything is computed.
+
+A new function or class needs one line in `VALID`: a call that is right. What is wrong for each of its arguments follows
+from the kinds that it says it takes (`ssm_lib.checks`); arguments of no kind say here what is wrong for them.
+"""
+
+import importlib
+import pkgutil
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from sweep import KEY, LAYERS, noise
+
+import ssm_lib
+from ssm_lib import S5SSM, BatchStackedSSMModel, IncrementModel, SequenceLayer
+from ssm_lib.checks import Array, Choice, Flag, Function, Maybe, Number, Size
+
+MODULES = {m.name: importlib.import_module(f"ssm_lib.{m.name}") for m in pkgutil.iter_modules(ssm_lib.__path__) if m.name[0] != "_"}
+PUBLIC = {f"{m}.{name}": getattr(module, name) for m, module in MODULES.items() for name in module.__all__}
+
+P, H, L, N = 4, 3, 6, 4
+poles = np.exp(1j * np.linspace(0.1, 1, P)).astype(np.complex64) * 0.9
+z = lambda *shape: (np.ones(shape) + 0.5j).astype(np.complex64)
+r = lambda *shape: np.linspace(0.1, 1, int(np.prod(shape)), dtype=np.float32).reshape(shape)
+layer = partial(S5SSM, d_hidden=8, blocks=1)
+model = BatchStackedSSMModel(layer, d_model=4, d_vars=1, n_layers=2, training=False)
+frames = r(2, 5, 4, 1)
+variables = jax.jit(model.init)(KEY, frames)
+
+VALID = {
+    "blocks.SequenceLayer": dict(ssm=layer, d_model=H, dropout=0.1, norm="layer", activation="gelu", training=False, prenorm=True),
+    "checks.check_positive": dict(size=1),
+    "checks.check_even": dict(size=2),
+    "contract.inference": dict(module=model),
+    "convolution.causal_convolution": dict(u=r(L), K=r(L), axis=0),
+    "convolution.discretize_dense": dict(A=-np.eye(N), B=np.ones(N), Delta=0.1, method="zoh"),
+    "convolution.kernel_dense": dict(A_bar=r(N, N), B_bar=r(N), C=r(N), L=L),
+    "convolution.kernel_poles": dict(Lambda_bar=poles, w=poles, L=L),
+    "convolution.powers": dict(Lambda_bar=poles, n=3),
+    "convolution.run_dense": dict(A_bar=r(N, N), B_bar=r(N), C=r(N), u=r(L), x0=r(N)),
+    "data.pde_trajectories": dict(
+        pde="burgers", n_trajectories=1, n_frames=2, n_dims=1, n_points=16, domain_extent=1.0, dt=0.01, substeps=1, warmup=0,
+        cutoff=2, seed=0,
+    ),
+    "data.random_shift": dict(rng=np.random.default_rng(0), batch=frames),
+    "data.split_trajectories": dict(x=frames, test=0.5, seed=0),
+    "data.fit_normalizer": dict(x=frames),
+    "data.window_batches": dict(x=frames, batch_size=1, length=2, shift=True, seed=0),
+    "data.windows": dict(x=frames, length=2, stride=1),
+    "data.check_trajectories": dict(x=frames),
+    "discretization.bilinear": dict(Lambda=-poles, Delta=0.1),
+    "discretization.clip_poles": dict(Lambda_re=-r(P), limit=-0.1),
+    "discretization.discretize_bilinear": dict(Lambda=-poles, B_tilde=z(P, H), Delta=r(P)),
+    "discretization.discretize_zoh": dict(Lambda=-poles, B_tilde=z(P, H), Delta=r(P)),
+    "discretization.log_step_initializer": dict(dt_min=0.1, dt_max=1.0),
+    "discretization.phi1": dict(z=poles),
+    "discretization.zoh": dict(Lambda=-poles, Delta=0.1),
+    "dss.complex_softmax": dict(x=poles, eps=1e-7),
+    "dss.dss_kernel": dict(W=z(P), Lambda=-poles, L=L, step=0.1),
+    "dss.dss_ssm": dict(W=z(P), Lambda=-poles, L=L, step=0.1),
+    "dss.DSS": dict(d_model=H, d_hidden=4, l_max=8, kernel="exp", dt_min=0.1, dt_max=1.0, n_steps=3),
+    "hippo.dplr": dict(measure="legs", N=N, conj_sym=True, n_blocks=1),
+    "hippo.make_DPLR_HiPPO": dict(N=N),
+    "hippo.make_HiPPO": dict(N=N),
+    "hippo.make_NPLR_HiPPO": dict(N=N),
+    "hippo.nplr": dict(measure="legs", N=N),
+    "hippo.transition": dict(measure="legs", N=N),
+    "hippo.Hippo": dict(state_size=N, measure="legs", conj_sym=True, dplr=False, block_diagonal=True, n_blocks=2),
+    "lru.apply_lru_dynamics": dict(inputs=r(L, H), discrete_lambda=poles, B_norm=z(P, H), C=z(H, P), D=r(H)),
+    "lru.apply_lru_dynamics_from_ic": dict(ic=r(1, H), n_steps=3, discrete_lambda=poles, B_norm=z(P, H), C=z(H, P)),
+    "lru.log_poles": dict(nu_log=r(P), theta_log=r(P), clip_eigs=False),
+    "lru.LRU": dict(d_model=H, d_hidden=P, r_min=0.1, r_max=0.9, max_phase=1.0, n_steps=3),
+    "lru.LRUDynamics": dict(d_hidden=P, r_min=0.1, r_max=0.9, max_phase=1.0, clip_eigs=True),
+    "metrics.fit_linear": dict(x=noise(4, 8, 4, 1), horizon=2),
+    "metrics.nrmse": dict(prediction=frames, truth=frames),
+    "metrics.persistence": dict(history=frames, n_steps=2),
+    "models.IncrementModel": dict(model=model, mean=(0.0,), std=(1.0,), increment_std=(1.0,)),
+    "plots.animate_rollout": dict(
+        truth=frames[0], prediction=frames[0], path=Path(tempfile.mkdtemp()) / "x.gif", fps=5, every=1, variable=0, start=0
+    ),
+    "plots.plot_errors": dict(errors={"model": r(4)}, dt=1.0),
+    "plots.plot_rollout": dict(truth=frames[0], prediction=frames[0], dt=1.0, variable=0, start=0),
+    "projection.basis": dict(measure="legs", N=N, lag=r(3)),
+    "projection.legs_step": dict(c=r(2, N), f=r(2), h=0.5, method="zoh"),
+    "projection.project_online": dict(f=r(L), measure="legt", N=N, method="zoh", dt=0.1, c0=r(N), last=True),
+    "projection.reconstruct": dict(c=r(2, N), measure="legs", lag=r(3)),
+    "projection.HiPPOCell": dict(features=4, N=N, measure="legt", gate="gru", method="zoh", dt=0.1),
+    "rollout.rollout": dict(
+        model=model, variables=variables, history=frames, n_steps=3, return_carry=False, dt=1.0, teacher_forcing=1, segment=2
+    ),
+    "rollout.rollout_stream": dict(model=model, variables=variables, history=frames, n_steps=3, chunk=2, dt=1.0),
+    "run.Plan": dict(backend="auto", segment=8),
+    "s4.discretize_dplr": dict(Lambda=-poles, P=z(1, P), B=z(P), Delta=0.1),
+    "s4.kernel_dplr": dict(Lambda=-poles, P=z(1, P), B=z(P), C=z(P), Delta=0.1, L=L, conj_sym=True),
+    "s4.untruncate": dict(C_tilde=z(P), A_bar=0.1 * z(P, P), L=L),
+    "s4.S4D": dict(d_model=H, d_hidden=4, poles="lin", discretization="zoh", dt_min=0.1, dt_max=1.0, step_rescale=1.0, n_steps=3),
+    "s4.S4": dict(d_model=H, d_hidden=4, l_max=8, measure="legs", dt_min=0.1, dt_max=1.0, step_rescale=1.0, n_steps=3),
+    "s5.apply_dynamics": dict(
+        x0=r(1, H), steps=3, Lambda_bar=poles, B_bar=z(P, H), C_tilde=z(H, P), conj_sym=True, bidirectional=False
+    ),
+    "s5.apply_ssm": dict(
+        Lambda_bar=poles, B_bar=z(P, H), C_tilde=z(H, P), input_sequence=r(L, H), conj_sym=True, bidirectional=False
+    ),
+    "s5.S5SSM": dict(
+        d_model=H, d_hidden=8, C_init="lecun_normal", discretization="zoh", dt_min=0.1, dt_max=1.0, conj_sym=True,
+        clip_eigs=True, bidirectional=False, step_rescale=1.0, blocks=2, n_steps=3,
+    ),
+    "scan.impulse": dict(x=r(1, P), L=L, reverse=False),
+    "scan.linear_scan": dict(Lambda_bar=poles, Bu=z(L, P), x0=z(P), reverse=True, axis=-2, backend="sequential"),
+    "scan.scan_in_segments": dict(f=lambda c, x: (c, x), state=r(P), xs=r(L, P), size=2, axis=0, reverse=True),
+    "system.feed_through": dict(D=r(H), u=r(L, H)),
+    "system.project": dict(B=z(P, H), u=r(L, H)),
+    "system.read_out": dict(C=z(H, P), x=z(L, P)),
+    "system.to_complex": dict(pairs=r(P, 2)),
+    "system.to_pairs": dict(z=poles),
+    "training.fit": dict(
+        loss=lambda v, b, k: jnp.sum(v["params"]["w"] ** 2), variables={"params": {"w": jnp.ones(2)}}, batches=[0, 0],
+        optimizer=optax.sgd(0.1), steps=2, seed=0, check_every=1, save=lambda v: None,
+    ),
+    "training.make_optimizer": dict(
+        model=model, learning_rate=1e-3, steps=10, ssm_learning_rate=1e-3, weight_decay=0.1, warmup=0.1, clip=1.0
+    ),
+    "training.next_frame_loss": dict(model=model, variables=variables, x=frames, key=KEY, scale=1.0),
+    "training.rollout_loss": dict(model=model, variables=variables, x=frames, key=KEY, scale=1.0, history=2),
+}
+for name in ("StackedSSM", "BatchStackedSSMModel"):
+    VALID[f"models.{name}"] = VALID["blocks.SequenceLayer"] | dict(d_model=4, d_vars=1, n_layers=1, n_steps=3, ssm_first_layer=layer)
+for name in ("StackedSSM2D", "BatchStackedSSM2DModel"):
+    VALID[f"models.{name}"] = VALID["models.StackedSSM"] | dict(d_model=(4, 4))
+
+NO_DOOR = {  # public names that take nothing which could be wrong without a word, and why
+    "made by the library, for the library": (
+        "blocks.Gate", "contract.Recurrent", "contract.SSMLayer", "models.DenseMixing", "run.run", "run.segment_steps", "run.whole",
+        "s4.DPLRSystem", "scan.binary_operator", "scan.without_axis", "system.Diagonal", "system.DiagonalBank",
+        "system.DiagonalSystem", "system.System", "system.Times", "system.times_of", "training.parameter_groups",
+        "training.train_step", "hippo.DPLRForm", "metrics.LinearForecast", "data.Normalizer",
+    ),
+    "the doors themselves": (
+        "checks.Array", "checks.Choice", "checks.Flag", "checks.Function", "checks.Maybe", "checks.Number", "checks.Size",
+        "checks.check_choice", "checks.check_divides", "checks.check_fields", "checks.check_length", "checks.check_steps",
+        "checks.concrete", "checks.shown", "checks.takes", "rollout.check_model",
+    ),
+    "initialisers, called by Flax": (
+        "lru.gamma_log_init", "lru.matrix_init", "lru.nu_init", "lru.theta_init", "s5.init_CV", "s5.init_VinvB",
+        "s5.init_log_steps", "s5.trunc_standard_normal",
+    ),
+    "the command line; its files and words are tried in test_rollout": tuple(n for n in PUBLIC if n.startswith("cli.")),
+    "exceptions": ("rollout.RolloutDivergedError", "training.DivergedError"),
+    "of files; tried where files are": (
+        "data.load_trajectories", "plots.save_figure", "rollout.write_rollout", "training.load_checkpoint", "training.save_checkpoint",
+    ),
+}
+
+NAN = float("nan")
+SIZES, TEXTS = [-1, 2.5, 8.0, "8", True, NAN, 10**13, [4], np.ones(2)], [None, 3, "no such", ["zoh"]]
+NUMBERS, FLAGS = [NAN, float("inf"), "1", 1j, True, [1.0], np.ones(2)], [1, "yes", np.ones(2)]
+
+
+def wrong(kind):
+    "What is wrong for a kind."
+    if isinstance(kind, Maybe):
+        return [value for value in wrong(kind.kind) if value is not None]
+    if isinstance(kind, Size):
+        return [None, *(SIZES[1:] if kind.low is None else SIZES), *([0] if kind.low == 1 else [])]
+    if isinstance(kind, Number):
+        bounds = [*([kind.low - 1] if np.isfinite(kind.low) else []), *([kind.high + 1] if np.isfinite(kind.high) else [])]
+        return [None, *NUMBERS, *bounds, *([kind.low] if kind.open else [])]
+    if isinstance(kind, Choice | Flag | Function):
+        return [None, *{Choice: TEXTS[1:], Flag: FLAGS, Function: ["LRU", 3, model]}[type(kind)]]
+    if isinstance(kind, Array):
+        names = [axis for axis in kind.axes.strip("()").split(",") if axis.strip()]
+        few = sum("…" not in axis and "*" not in axis for axis in names)
+        found = [None, "text", object(), {"a": 1}, [[1.0], [1.0, 2.0]], *([np.float32(1)] if few else [])]
+        found += [np.ones((2,) * few, bool)] if kind.of != "flags" else [np.ones((2,) * few), np.full((2,) * few, NAN)]
+        found += [np.ones((2,) * few, int)] if kind.of in ("floats", "numbers") and few else []
+        found += [np.ones((2,) * few, complex)] if kind.of != "numbers" else []
+        values = [NAN, np.inf] if kind.finite or kind.low is not None else []
+        values += [] if kind.low is None else [kind.low - 1]
+        found += [np.full((2,) * few, value, np.float32) for value in values]
+        return found + ([np.ones((2,) * (few + 1), np.float32)] if len(names) == few else [])
+    return []
+
+
+OTHERS = {  # what is wrong for arguments that are of no kind
+    "x": [None, "text", np.ones(3), frames.astype(int), frames + 1j],
+    "test": [0, -0.5, 5, NAN, "half", None],
+    "N": [0, -1, 2.5, "4", None, True], "state_size": [0, -1, 2.5, "4", None, True], "size": [0, -1, 2.5, 3.0, "4", True],
+    "measure": [None, "no such", 3], "n_blocks": [0, 3, "2"],
+    "dt_min": [0, -1.0, NAN, "1", None, 2.0], "dt_max": [0, NAN, float("inf"), "1", None],
+    "r_min": [-0.1, NAN, "1", None, 0.95], "r_max": [0, 1.1, NAN, "1", None], "max_phase": [0, -1.0, NAN, float("inf"), None],
+    "d_model": [None, 0, -1, 2.5, "4", True], "d_hidden": [None, 0, -1, 3, 2.5, "4", True],
+    "mean": [None, (1.0, 2.0), (NAN,), "m"], "std": [None, (0.0,), (-1.0,), (NAN,), (1.0, 2.0)], "increment_std": [None, (0.0,), (NAN,)],
+    "features": [None, 0, "4"], "gate": [None, "no such"], "method": [None, "no such"], "dt": [0.0, -1.0, NAN, "1"],
+    "model": [None, "LRU", layer, S5SSM], "backend": [None, "no such"], "segment": [0, "4", 2.5],
+}
+FREE = {"variables", "key", "rng", "state", "xs", "errors", "path", "batches", "optimizer", "module", "dplr", "conj_sym", "block_diagonal"}
+
+
+def test_every_public_name_is_here():
+    known = {*VALID, *(name for names in NO_DOOR.values() for name in names)}
+    doors = {name for name, thing in PUBLIC.items() if callable(thing)}
+    assert doors <= known, f"no line for {sorted(doors - known)}"
+    assert known <= set(PUBLIC), f"lines for nothing: {sorted(known - set(PUBLIC))}"
+
+
+def told(call, name, value):
+    "Whether a call says in one line what is wrong with an argument."
+    try:
+        call()
+    except (ValueError, TypeError) as error:
+        text = str(error)
+        assert "\n" not in text and len(text) < 300, f"{name} = {value!r}: {text[:400]}"
+        assert isinstance(error, ValueError) and name in text, f"{name} = {value!r} got {type(error).__name__}: {text}"
+        return
+    except Exception as error:
+        raise AssertionError(f"{name} = {value!r} got {type(error).__name__}: {str(error)[:200]}") from error
+    raise AssertionError(f"{name} = {value!r} was taken without a word")
+
+
+@pytest.mark.parametrize("name", sorted(VALID))
+def test_wrong_arguments_are_told(name):
+    thing, valid = PUBLIC[name], VALID[name]
+    kinds = getattr(thing, "kinds", {})
+    thing(**valid)
+    for argument in valid:
+        kind = kinds.get(argument)
+        values = wrong(kind) or OTHERS.get(argument, [])
+        assert values or argument in FREE, f"nothing is said of {argument}"
+        for value in values:
+            told(partial(thing, **valid | {argument: value}), argument, value)
+
+
+@pytest.mark.parametrize("name", ("dss", "lru", "s4", "s4d_zoh", "s5_zoh"))
+def test_wrong_calls_of_layers_are_told(name):
+    wrong_calls(LAYERS[name][0](d_model=H), noise(2, L, H))
+
+
+def test_wrong_calls_of_blocks_and_models_are_told():
+    wrong_calls(SequenceLayer(layer, H, training=False), noise(2, L, H))
+    wrong_calls(model, noise(2, L, 4, 1), "x")
+    wrong_calls(IncrementModel(model, (0.0,), (1.0,), (1.0,)), noise(2, L, 4, 1), "x")
+
+
+def wrong_calls(module, u, name="u"):
+    "Inputs, dt, mask, reset and carries that are wrong, called, prefilled and stepped."
+    v = jax.jit(module.init)(KEY, u)
+    ones = np.ones((2, L), np.float32)
+    inputs = [None, "u", u.astype(int), u + 1j, u > 0, u[..., None], u[0, 0, 0], [[1.0], [1.0, 2.0]]]
+    said = {
+        "dt": [-1.0, NAN, float("inf"), 1j, "1", ones[:, :4], -ones, np.where(ones > 0, NAN, 1), np.ones((3, L))],
+        "mask": [1.0, ones, np.full((2, L), NAN), "no", ones[:, :3] > 0, ones[:1, :3] > 0, np.ones(3, bool)],
+        "reset": [1.0, ones, "no", ones[:, :3] > 0, np.ones(3, bool)],
+    }
+    carry = module.apply(v, 2, method="initial_carry")
+    state = lambda f: jax.tree.map(f, carry)
+    carries = [0.0, (), np.ones(1), state(lambda c: c[:1]), state(lambda c: c[..., :1]), state(lambda c: c[0]), "zero", [carry] * 3]
+    call = lambda *args, **said: lambda: jax.eval_shape(lambda: module.apply(v, *args, **said))  # the door is all that runs
+    for method in ("__call__", "prefill"):
+        for value in inputs:
+            told(call(value, method=method), name, value)
+        for argument, values in said.items():
+            for value in values:
+                told(call(u, method=method, **{argument: value}), argument, value)
+    for value in carries:
+        told(call(u, value, method="prefill"), "carry", value)
+        told(call(value, u[:, 0], method="step"), "carry", value)
+    for argument, values in {"dt": [-1.0, NAN, 1j, np.ones(3)], "mask": [1.0, np.ones(2), np.ones(3, bool)]}.items():
+        for value in values:
+            told(call(carry, u[:, 0], method="step", **{argument: value}), argument, value)
