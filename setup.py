@@ -1,4 +1,5 @@
 """Packaging for ssm_lib: every fact is read from settings.ini, where nbdev reads it too."""
+import re
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -10,11 +11,20 @@ parser.read(here / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
 demo, dev, docs = (cfg[f"{extra}_requirements"].split() for extra in ("demo", "dev", "docs"))
 
+
+def readme():
+    """README.md for a package index, where links that are relative to the repository lead nowhere."""
+    text = (here / "README.md").read_text(encoding="utf-8")
+    here_or_there = r"\[([^\]]*)\]\((?!https?:|#)([^)]+)\)"
+    absolute = lambda kind: rf"[\1]({cfg['git_url']}/{kind}/{cfg['branch']}/\2)"
+    return re.sub(here_or_there, absolute("blob"), re.sub("!" + here_or_there, "!" + absolute("raw"), text))
+
+
 setup(
     name=cfg["lib_name"],
     version=cfg["version"],
     description=cfg["description"],
-    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description=readme(),
     long_description_content_type="text/markdown",
     keywords=cfg["keywords"].split(),
     author=cfg["author"],

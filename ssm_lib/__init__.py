@@ -42,3 +42,6 @@ from ssm_lib.training import (
     rollout_loss,
     save_checkpoint,
 )
+
+# What `from ssm_lib import *` brings: functions and classes, not the modules, whose names are everyday words.
+__all__ = sorted(name for name, thing in list(globals().items()) if getattr(thing, "__module__", "").startswith("ssm_lib"))

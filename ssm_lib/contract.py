@@ -87,7 +87,7 @@ class Recurrent(nn.Module):
     kinds = {}  # its fields by name, and what they may be (see `checks`)
     n_steps = None  # an initial-condition module returns so many frames from frame 0; None reads every frame
     batch_axes = None  # how many axes come before time; None is any number
-    pole_parameters = ()  # names of its parameters that are poles and steps: a learning rate of their own, no decay
+    pole_parameters = ()  # parameters that train as poles do: with a learning rate of their own, not decayed
     undecayed_parameters = ()  # names of others that are never decayed
 
     frame = ()  # shape of what comes after time and the lead axes: (d_model,), or (*space, d_vars)
@@ -104,7 +104,7 @@ class Recurrent(nn.Module):
 
     def __call__(self, x, *, dt=None, mask=None, reset=None, axis=None):
         "Whole sequence: x (…, L, *frame) → y (…, L, *frame), or n_steps frames from frame 0 alone."
-        x = Array("(…)")(_names(self)[0], x)
+        x = Array("(…, *frame)")(_names(self)[0], x)
         axis = _time_axis(self, x, axis, one_step=False)
         if self.response_steps is not None:
             if x.shape[axis] == 0:
@@ -115,13 +115,13 @@ class Recurrent(nn.Module):
 
     def prefill(self, x, carry=None, *, dt=None, mask=None, reset=None, axis=None, all_carries=False):
         "A stretch x (…, L, *frame) from a carried state (None: zero): (carry, y), or with the carry after every step."
-        x = Array("(…)")(_names(self)[0], x)
+        x = Array("(…, *frame)")(_names(self)[0], x)
         axis = _time_axis(self, x, axis, one_step=False)
         return self._carried(x, carry, axis, "all" if all_carries else "last", dict(dt=dt, mask=mask, reset=reset))
 
     def step(self, carry, x_k, *, dt=None, mask=None, reset=None):
         "One step from a carried state, x_k (…, *frame): (carry, y_k)."
-        x_k = Array("(…)")(_names(self)[0], x_k)
+        x_k = Array("(…, *frame)")(_names(self)[0], x_k)
         axis = _time_axis(self, x_k, None, one_step=True)
         said = dict(dt=dt, mask=mask, reset=reset)
         carry, y = self._carried(jnp.expand_dims(x_k, axis), carry, axis, "last", said, one_step=True)

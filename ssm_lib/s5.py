@@ -175,7 +175,7 @@ class S5SSM(SSMLayer):
         "C_init": Choice(tuple(C_INITS)), "discretization": Choice(tuple(DISCRETIZATIONS)),
         "conj_sym": Flag(), "clip_eigs": Flag(), "bidirectional": Flag(), "step_rescale": Number(0, open=True),
     }
-    pole_parameters = ("Lambda_re", "Lambda_im", "log_step")
+    pole_parameters = ("Lambda_re", "Lambda_im", "log_step", "B")  # B too, as in the published standard setting
 
     @property
     def whole_only(self):

@@ -88,7 +88,7 @@ def parameter_groups(
     params,  # its tree of parameters
     example=None,  # an input, or its shape, for a model of your own
 ):  # the same tree with "ssm", "plain" or "decayed" at each leaf
-    "Which rule trains which parameter: layers say which are poles and steps; vectors, such as biases, are not decayed."
+    "Which rule trains which parameter: layers say which train as poles do; vectors, such as biases, are not decayed."
     layers = _layers(model, example)
 
     def group(path, leaf):

@@ -289,11 +289,11 @@ BAD = {
     "odd": (lambda: S5SSM(4, 48), "odd"),
     "option": (lambda: S5SSM(4, 32, discretization="euler"), "'zoh', 'bilinear'"),
     "n_steps": (lambda: LRU(16, 4, n_steps=0), "≥ 1"),
-    "dt_min": (lambda: S5SSM(4, 32, dt_min=0.0), "0 < dt_min"),
+    "dt_min": (lambda: S5SSM(4, 32, dt_min=0.0), "dt_min is 0.0; expected"),
     "activation": (lambda: SequenceLayer(SMALL, 4, activation="relu"), "half_glu1"),
     "d_model": (lambda: BatchStackedSSMModel(SMALL, 6, 1, 1).init(KEY, jnp.ones((2, 5, 7, 1))), "d_model"),
     "d_model 2d": (lambda: BatchStackedSSM2DModel(SMALL, 6, 1, 1), "H"),
-    "integers": (lambda: LRU(16, 4).init(KEY, jnp.ones((5, 4), int)), "floating"),
+    "integers": (lambda: LRU(16, 4).init(KEY, jnp.ones((5, 4), int)), "array of floats"),
 }
 
 
