@@ -200,5 +200,5 @@ def main(
         return 2
 
 
-if __name__ == "__main__" and "__file__" in globals():  # as a program, not as a page
+if __name__ == "__main__" and "__file__" in globals():  # run as a program; a notebook has no __file__
     sys.exit(main())

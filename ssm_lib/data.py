@@ -144,7 +144,7 @@ def load_trajectories(
     if bad.any():
         first = tuple(int(i) for i in np.argwhere(bad)[0])
         count = f"{int(bad.sum())} values that are NaN or infinite"
-        raise ValueError(f"{path} holds {count}, the first at {first}; expected none. Mend or drop them.")
+        raise ValueError(f"{path} holds {count}, the first at {first}; expected none. Fill or drop them.")
     return x.astype(np.float32, copy=False)
 
 # %% ../nbs/42_data.ipynb #1be4b0bb

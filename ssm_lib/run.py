@@ -111,9 +111,9 @@ def whole(
 ) -> jax.Array:  # (…, L, …, H)
     "Outputs of a complete sequence: a convolution where that is possible, else the scan; in both directions if asked."
     system = _settled(system, times)
-    check_length(jax.tree.leaves(u)[0].shape[times.axis], system.l_max)
-    y = None
-    if times.plain:
+    L, y = jax.tree.leaves(u)[0].shape[times.axis], None
+    check_length(L, system.l_max)
+    if times.plain and L:
         seen = jax.tree.map(times.see, u)
         y = system.convolve(seen, times.axis)
         y = None if y is None else _with_feedthrough(system, y, seen, times)

@@ -94,7 +94,7 @@ def _lanes(a, b, reverse, axis):
     a, b, inner = lay(a) if a.shape[axis] > 1 else jnp.expand_dims(a, axis), lay(b), axis + 1
     inside = _sequential(a, b, reverse, inner)
     kept = impulse(_end(a, inner, not reverse), length, inner, reverse)
-    kept = _sequential(a, kept, reverse, inner)  # step by step: a tree of products would round more
+    kept = _sequential(a, kept, reverse, inner)  # the powers of a pole, rounded as the loop rounds them
     ends = _sequential(_end(kept, inner, reverse), _end(inside, inner, reverse), reverse, axis)
     x = inside + kept * _before(ends, axis, reverse)
     x = x.reshape(*x.shape[:axis], n * length, *x.shape[axis + 2 :])

@@ -92,7 +92,7 @@ def parameter_groups(
     layers = _layers(model, example)
 
     def group(path, leaf):
-        *at, name = (str(key.key) for key in path)
+        *at, name = (str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
         layer = layers.get(tuple(at))
         if layer is not None and name in layer.pole_parameters:
             return "ssm"
