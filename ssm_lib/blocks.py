@@ -73,7 +73,7 @@ class SequenceLayer(Recurrent):
     axis_name: str | None = None
 
     kinds = {
-        "ssm": Function("partial(S5SSM, d_hidden=64)"), "d_model": Size(), "dropout": Number(0, 0.999),
+        "ssm": Function("partial(S5SSM, d_hidden=64)"), "d_model": Size(), "dropout": Number(0, below=1),
         "norm": Choice(NORMS), "activation": Choice(ACTIVATIONS), "training": Flag(), "prenorm": Flag(),
     }
     frame = property(lambda self: (self.d_model,))

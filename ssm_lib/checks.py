@@ -44,18 +44,19 @@ class Size:
 
 @dataclass(frozen=True)
 class Number:
-    "A finite real number between two bounds; they belong to the range unless it is open."
+    "A finite real number: from `low` to `high`, `above` one bound, `below` another."
 
     low: float = -math.inf
     high: float = math.inf
-    open: bool = False
+    above: float = -math.inf
+    below: float = math.inf
 
     def __call__(self, name, value):
         real = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-        if not real or not self.low <= value <= self.high or (self.open and value in (self.low, self.high)):
-            signs = ("above", "below") if self.open else ("≥", "≤")
-            bounds = [f"{sign} {bound}" for sign, bound in zip(signs, (self.low, self.high)) if math.isfinite(bound)]
-            raise ValueError(f"{name} is {shown(value)}; expected a finite number {', '.join(bounds)}".rstrip() + ".")
+        if not real or not (self.low <= value <= self.high and self.above < value < self.below):
+            bounds = {"≥": self.low, "above": self.above, "≤": self.high, "below": self.below}
+            told = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if math.isfinite(bound))
+            raise ValueError(f"{name} is {shown(value)}; expected a finite number {told}".rstrip() + ".")
         return value
 
 
@@ -104,7 +105,7 @@ class Maybe:
         return value if value is None else self.kind(name, value)
 
 # %% ../nbs/00_checks.ipynb #6a1f0c02
-DTYPES = {"floats": "f", "numbers": "fc", "reals": "fiu", "flags": "b"}  # what an array may hold, by kind of its dtype
+DTYPES = {"floats": "f", "numbers": "fc", "reals": "fiu", "booleans": "b"}  # what may be held, by kind of dtype
 
 
 def _kind_of(dtype):
@@ -151,7 +152,9 @@ class Array:
 
     def _remedy(self, x):
         kind = _kind_of(x.dtype)
-        if self.of == "flags":
+        if kind in DTYPES[self.of]:
+            return " Add or drop axes."
+        if self.of == "booleans":
             return " Compare, e.g. x > 0." if kind in "fiu" else ""
         return " Cast it first." if kind in "iub" else " Take .real or .imag." if kind == "c" else ""
 
@@ -230,7 +233,7 @@ def check_choice(name: str, value, options):
 def check_steps(dt_min: float, dt_max: float, step_rescale: float = 1.0):
     "Raise a ValueError unless 0 < dt_min ≤ dt_max and the factor on all steps is positive."
     for name, value in {"dt_min": dt_min, "dt_max": dt_max, "step_rescale": step_rescale}.items():
-        Number(0, open=True)(name, value)
+        Number(above=0)(name, value)
     if dt_min > dt_max:
         raise ValueError(
             f"dt_min, dt_max are {dt_min}, {dt_max}; expected 0 < dt_min ≤ dt_max. Steps are drawn on a log scale."

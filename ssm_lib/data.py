@@ -16,7 +16,7 @@ import numpy as np
 
 from .checks import Array, Choice, Flag, Maybe, Number, Size, takes
 
-_POSITIVE = Number(0, open=True)
+_POSITIVE = Number(above=0)
 
 # %% ../nbs/42_data.ipynb #214cfc6c
 def check_trajectories(
@@ -157,7 +157,7 @@ def split_trajectories(
 ) -> tuple[np.ndarray, np.ndarray]:  # training and test trajectories
     "Hold out whole trajectories, at random by `seed`, at least one on each side."
     n = len(check_trajectories(x))
-    Number(0, open=True)("test", test)
+    Number(above=0)("test", test)
     n_test = test if isinstance(test, int) else max(1, round(test * n))
     if not 1 <= n_test < n:
         raise ValueError(f"test={test} of {n} trajectories; expected at least one on each side of the split.")

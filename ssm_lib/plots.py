@@ -34,7 +34,7 @@ def _check_pair(truth, prediction, variable):
 
 # %% ../nbs/44_plots.ipynb #99250af7
 @takes(
-    truth=Array("(T, *space, C)"), prediction=Array("(T, *space, C)"), dt=Number(0, open=True),
+    truth=Array("(T, *space, C)"), prediction=Array("(T, *space, C)"), dt=Number(above=0),
     variable=Size(0), start=Size(0),
 )
 def plot_rollout(
@@ -71,7 +71,7 @@ def plot_rollout(
     return fig
 
 # %% ../nbs/44_plots.ipynb #9219ca5a
-@takes(dt=Number(0, open=True))
+@takes(dt=Number(above=0))
 def plot_errors(
     errors: dict,  # name → (T,) error at leads 1 … T
     *,

@@ -116,7 +116,7 @@ def _check_clock(measure, dt, times, start):
             "dt is None; "
             f"expected the step in the time of {measure!r}: 1/400 puts 400 samples into a window of one."
         )
-    elif Number(0, open=True)("dt", dt) and (times is not None or start != 0):
+    elif Number(above=0)("dt", dt) and (times is not None or start != 0):
         raise ValueError(f"times and start are for 'legs'; {measure!r} runs at constant steps. Use dt.")
 
 # %% ../nbs/11_projection.ipynb #9e8a29fa
@@ -144,7 +144,7 @@ def _run_constant(f, A_bar, B_bar, c0, last):
 # %% ../nbs/11_projection.ipynb #cb2119e0
 @takes(
     f=Array("(L, …)", "numbers"), measure=Choice(tuple(MEASURES)), N=Size(), method=Choice(tuple(METHODS)),
-    dt=Maybe(Number(0, open=True)), times=Maybe(Array("(L,)", "reals", finite=True)), start=Number(0),
+    dt=Maybe(Number(above=0)), times=Maybe(Array("(L,)", "reals", finite=True)), start=Number(0),
     c0=Maybe(Array("(…, N)", "numbers")), last=Flag(),
 )
 def project_online(

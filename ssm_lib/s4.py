@@ -24,7 +24,7 @@ from .system import DiagonalBank, System, to_complex
 class _PerFeature(SSMLayer):
     "What S4D and S4 share: poles, output vector, feedthrough and step of each feature."
 
-    kinds = {"d_model": Size(), "d_hidden": Size(), "n_steps": Maybe(Size()), "step_rescale": Number(0, open=True)}
+    kinds = {"d_model": Size(), "d_hidden": Size(), "n_steps": Maybe(Size()), "step_rescale": Number(above=0)}
     pole_parameters = ("Lambda_re", "Lambda_im", "log_step", "P")
 
     def __post_init__(self):

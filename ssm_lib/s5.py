@@ -173,7 +173,7 @@ class S5SSM(SSMLayer):
     kinds = {
         "d_model": Size(), "d_hidden": Size(), "blocks": Size(), "n_steps": Maybe(Size()),
         "C_init": Choice(tuple(C_INITS)), "discretization": Choice(tuple(DISCRETIZATIONS)),
-        "conj_sym": Flag(), "clip_eigs": Flag(), "bidirectional": Flag(), "step_rescale": Number(0, open=True),
+        "conj_sym": Flag(), "clip_eigs": Flag(), "bidirectional": Flag(), "step_rescale": Number(above=0),
     }
     pole_parameters = ("Lambda_re", "Lambda_im", "log_step", "B")  # B too, as in the published standard setting
 

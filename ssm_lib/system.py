@@ -131,7 +131,7 @@ class Times:
         return replace(self, reset=jnp.concatenate([later, none], self.axis))
 
 # %% ../nbs/03_system.ipynb #a7cb2d66
-SAID = {"dt": Array("(…)", "reals", low=0), "mask": Array("(…)", "flags"), "reset": Array("(…)", "flags")}
+SAID = {"dt": Array("(…)", "reals", low=0), "mask": Array("(…)", "booleans"), "reset": Array("(…)", "booleans")}
 
 
 def _aligned(name, value, shape, axis, one_step):

@@ -103,8 +103,8 @@ def parameter_groups(
 
 # %% ../nbs/41_training.ipynb #874809d7
 @takes(
-    learning_rate=Number(0, open=True), steps=Size(), ssm_learning_rate=Maybe(Number(0)),
-    weight_decay=Number(0), warmup=Number(0, 1), clip=Number(0, open=True),
+    learning_rate=Number(above=0), steps=Size(), ssm_learning_rate=Maybe(Number(0)),
+    weight_decay=Number(0), warmup=Number(0, 1), clip=Number(above=0),
 )
 def make_optimizer(
     model: nn.Module,  # what is trained: its layers say which of their parameters are poles

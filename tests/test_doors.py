@@ -169,15 +169,15 @@ def wrong(kind):
     if isinstance(kind, Size):
         return [None, *(SIZES[1:] if kind.low is None else SIZES), *([0] if kind.low == 1 else [])]
     if isinstance(kind, Number):
-        bounds = [*([kind.low - 1] if np.isfinite(kind.low) else []), *([kind.high + 1] if np.isfinite(kind.high) else [])]
-        return [None, *NUMBERS, *bounds, *([kind.low] if kind.open else [])]
+        bounds = [kind.low - 1, kind.high + 1, kind.above, kind.below]
+        return [None, *NUMBERS, *(bound for bound in bounds if np.isfinite(bound))]
     if isinstance(kind, Choice | Flag | Function):
         return [None, *{Choice: TEXTS[1:], Flag: FLAGS, Function: ["LRU", 3, model]}[type(kind)]]
     if isinstance(kind, Array):
         names = [axis for axis in kind.axes.strip("()").split(",") if axis.strip()]
         few = sum("…" not in axis and "*" not in axis for axis in names)
         found = [None, "text", object(), {"a": 1}, [[1.0], [1.0, 2.0]], *([np.float32(1)] if few else [])]
-        found += [np.ones((2,) * few, bool)] if kind.of != "flags" else [np.ones((2,) * few), np.full((2,) * few, NAN)]
+        found += [np.ones((2,) * few, bool)] if kind.of != "booleans" else [np.ones((2,) * few), np.full((2,) * few, NAN)]
         found += [np.ones((2,) * few, int)] if kind.of in ("floats", "numbers") and few else []
         found += [np.ones((2,) * few, complex)] if kind.of != "numbers" else []
         values = [NAN, np.inf] if kind.finite or kind.low is not None else []
