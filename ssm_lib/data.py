@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .checks import Array, Choice, Flag, Maybe, Number, Size, takes
+from .checks import Array, Choice, FilePath, Flag, Maybe, Number, Size, takes
 
 _POSITIVE = Number(above=0)
 
@@ -127,6 +127,7 @@ def _open(path: Path, key: str | None, mmap: bool) -> np.ndarray:
         return file[key]
 
 # %% ../nbs/42_data.ipynb #3cd99e22
+@takes(path=FilePath(), mmap=Flag())
 def load_trajectories(
     path: str | Path,  # an `.npy` or `.npz` file
     *,

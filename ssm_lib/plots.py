@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .checks import Array, Number, Size, takes
+from .checks import Array, FilePath, Number, Size, takes
 
 # %% ../nbs/44_plots.ipynb #aed5fd39
 def _pyplot():
@@ -90,6 +90,7 @@ def plot_errors(
     return fig
 
 # %% ../nbs/44_plots.ipynb #f22562be
+@takes(path=FilePath(), dpi=Size())
 def save_figure(
     fig,  # a matplotlib Figure
     path: str | Path,  # .png, .pdf or .svg to write
@@ -131,7 +132,7 @@ def _grid_frames(plt, truth, prediction, top, start):
 
 
 @takes(
-    truth=Array("(T, *space, C)"), prediction=Array("(T, *space, C)"), fps=Size(), every=Size(),
+    truth=Array("(T, *space, C)"), prediction=Array("(T, *space, C)"), path=FilePath(), fps=Size(), every=Size(),
     variable=Size(0), start=Size(0),
 )
 def animate_rollout(

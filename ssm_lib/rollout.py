@@ -211,6 +211,7 @@ def rollout_stream(
     return _pieces(_Made(model), variables, history, n_steps, chunk, carry, dt)
 
 # %% ../nbs/40_rollout.ipynb #8c444c7c
+@takes(model=check_model, history=Array("(B, T0, *space, C)"))
 def write_rollout(
     out,  # (B, n_steps, *space, C) anything that takes out[:, a:b] = frames: NumPy array, np.memmap, zarr array
     model: nn.Module,  # as in `rollout_stream`, like the other arguments
@@ -220,6 +221,8 @@ def write_rollout(
 ) -> None:
     "Write a rollout into an array as it is made; a memmap is flushed after each piece."
     frames = (history.shape[0], *history.shape[2:])
+    if not hasattr(out, "shape"):
+        raise ValueError(f"out is {shown(out)}; expected an array to write into, (B, n_steps, *space, C).")
     if len(out.shape) != history.ndim or (out.shape[0], *out.shape[2:]) != frames:
         raise ValueError(f"out has shape {tuple(out.shape)}; expected (B, n_steps, *space, C) to fit frames {frames}.")
     done = 0

@@ -22,7 +22,7 @@ import numpy as np
 import optax
 from flax import serialization
 
-from .checks import Array, Function, Maybe, Number, Size, shown, takes
+from .checks import Array, FilePath, Function, Maybe, Number, Size, shown, takes
 from .contract import Recurrent
 from .rollout import check_model, rollout
 
@@ -225,6 +225,7 @@ def fit(
     return variables, np.asarray(losses)
 
 # %% ../nbs/41_training.ipynb #90efce7f
+@takes(path=FilePath())
 def save_checkpoint(
     path: str | Path,  # file to write; folders are made
     variables,  # nested dict of arrays
@@ -244,6 +245,7 @@ def save_checkpoint(
     os.replace(partial_file, path)
 
 
+@takes(path=FilePath())
 def load_checkpoint(
     path: str | Path,  # file written by save_checkpoint
 ):  # variables, config

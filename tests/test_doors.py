@@ -12,14 +12,16 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import matplotlib.figure
 import numpy as np
 import optax
 import pytest
 from sweep import KEY, LAYERS, noise
 
 import ssm_lib
-from ssm_lib import S5SSM, BatchStackedSSMModel, IncrementModel, SequenceLayer
-from ssm_lib.checks import Array, Choice, Flag, Function, Maybe, Number, Size
+from ssm_lib import S5SSM, BatchStackedSSMModel, IncrementModel, SequenceLayer, save_checkpoint
+from ssm_lib.checks import Array, Choice, FilePath, Flag, Function, Maybe, Number, Size
+from ssm_lib.data import Normalizer
 
 MODULES = {m.name: importlib.import_module(f"ssm_lib.{m.name}") for m in pkgutil.iter_modules(ssm_lib.__path__) if m.name[0] != "_"}
 PUBLIC = {f"{m}.{name}": getattr(module, name) for m, module in MODULES.items() for name in module.__all__}
@@ -32,6 +34,9 @@ layer = partial(S5SSM, d_hidden=8, blocks=1)
 model = BatchStackedSSMModel(layer, d_model=4, d_vars=1, n_layers=2, training=False)
 frames = r(2, 5, 4, 1)
 variables = jax.jit(model.init)(KEY, frames)
+FOLDER = Path(tempfile.mkdtemp())
+np.save(FOLDER / "x.npy", frames)
+save_checkpoint(FOLDER / "x.msgpack", variables)
 
 VALID = {
     "blocks.SequenceLayer": dict(ssm=layer, d_model=H, dropout=0.1, norm="layer", activation="gelu", training=False, prenorm=True),
@@ -48,6 +53,7 @@ VALID = {
         pde="burgers", n_trajectories=1, n_frames=2, n_dims=1, n_points=16, domain_extent=1.0, dt=0.01, substeps=1, warmup=0,
         cutoff=2, seed=0,
     ),
+    "data.load_trajectories": dict(path=FOLDER / "x.npy", mmap=False),
     "data.random_shift": dict(rng=np.random.default_rng(0), batch=frames),
     "data.split_trajectories": dict(x=frames, test=0.5, seed=0),
     "data.fit_normalizer": dict(x=frames),
@@ -82,8 +88,9 @@ VALID = {
     "metrics.persistence": dict(history=frames, n_steps=2),
     "models.IncrementModel": dict(model=model, mean=(0.0,), std=(1.0,), increment_std=(1.0,)),
     "plots.animate_rollout": dict(
-        truth=frames[0], prediction=frames[0], path=Path(tempfile.mkdtemp()) / "x.gif", fps=5, every=1, variable=0, start=0
+        truth=frames[0], prediction=frames[0], path=FOLDER / "x.gif", fps=5, every=1, variable=0, start=0
     ),
+    "plots.save_figure": dict(fig=matplotlib.figure.Figure(), path=FOLDER / "x.png", dpi=50),
     "plots.plot_errors": dict(errors={"model": r(4)}, dt=1.0),
     "plots.plot_rollout": dict(truth=frames[0], prediction=frames[0], dt=1.0, variable=0, start=0),
     "projection.basis": dict(measure="legs", N=N, lag=r(3)),
@@ -95,6 +102,7 @@ VALID = {
         model=model, variables=variables, history=frames, n_steps=3, return_carry=False, dt=1.0, teacher_forcing=1, segment=2
     ),
     "rollout.rollout_stream": dict(model=model, variables=variables, history=frames, n_steps=3, chunk=2, dt=1.0),
+    "rollout.write_rollout": dict(out=np.zeros((2, 3, 4, 1)), model=model, variables=variables, history=frames),
     "run.Plan": dict(backend="auto", segment=8),
     "s4.discretize_dplr": dict(Lambda=-poles, P=z(1, P), B=z(P), Delta=0.1),
     "s4.kernel_dplr": dict(Lambda=-poles, P=z(1, P), B=z(P), C=z(P), Delta=0.1, L=L, conj_sym=True),
@@ -123,6 +131,9 @@ VALID = {
         loss=lambda v, b, k: jnp.sum(v["params"]["w"] ** 2), variables={"params": {"w": jnp.ones(2)}}, batches=[0, 0],
         optimizer=optax.sgd(0.1), steps=2, seed=0, check_every=1, save=lambda v: None,
     ),
+    "training.load_checkpoint": dict(path=FOLDER / "x.msgpack"),
+    "training.parameter_groups": dict(model=model, params=variables["params"]),
+    "training.save_checkpoint": dict(path=FOLDER / "y.msgpack", variables=variables),
     "training.make_optimizer": dict(
         model=model, learning_rate=1e-3, steps=10, ssm_learning_rate=1e-3, weight_decay=0.1, warmup=0.1, clip=1.0
     ),
@@ -138,13 +149,14 @@ NO_DOOR = {  # public names that take nothing which could be wrong without a wor
     "made by the library, for the library": (
         "blocks.Gate", "contract.Recurrent", "contract.SSMLayer", "models.DenseMixing", "run.run", "run.segment_steps", "run.whole",
         "s4.DPLRSystem", "scan.binary_operator", "scan.without_axis", "system.Diagonal", "system.DiagonalBank",
-        "system.DiagonalSystem", "system.System", "system.Times", "system.times_of", "training.parameter_groups",
-        "training.train_step", "hippo.DPLRForm", "metrics.LinearForecast", "data.Normalizer",
+        "system.DiagonalSystem", "system.System", "system.Times", "system.times_of", "training.train_step",
+        "hippo.DPLRForm", "metrics.LinearForecast", "data.Normalizer",
     ),
     "the doors themselves": (
-        "checks.Array", "checks.Choice", "checks.Flag", "checks.Function", "checks.Maybe", "checks.Number", "checks.Size",
-        "checks.check_choice", "checks.check_divides", "checks.check_fields", "checks.check_length", "checks.check_steps",
-        "checks.concrete", "checks.shown", "checks.takes", "rollout.check_model",
+        "checks.Array", "checks.Choice", "checks.FilePath", "checks.Flag", "checks.Function", "checks.Maybe",
+        "checks.Number", "checks.Size", "checks.check_choice", "checks.check_divides", "checks.check_fields",
+        "checks.check_length", "checks.check_steps", "checks.concrete", "checks.shown", "checks.takes",
+        "rollout.check_model",
     ),
     "initialisers, called by Flax": (
         "lru.gamma_log_init", "lru.matrix_init", "lru.nu_init", "lru.theta_init", "s5.init_CV", "s5.init_VinvB",
@@ -152,9 +164,6 @@ NO_DOOR = {  # public names that take nothing which could be wrong without a wor
     ),
     "the command line; its files and words are tried in test_rollout": tuple(n for n in PUBLIC if n.startswith("cli.")),
     "exceptions": ("rollout.RolloutDivergedError", "training.DivergedError"),
-    "of files; tried where files are": (
-        "data.load_trajectories", "plots.save_figure", "rollout.write_rollout", "training.load_checkpoint", "training.save_checkpoint",
-    ),
 }
 
 NAN = float("nan")
@@ -171,8 +180,8 @@ def wrong(kind):
     if isinstance(kind, Number):
         bounds = [kind.low - 1, kind.high + 1, kind.above, kind.below]
         return [None, *NUMBERS, *(bound for bound in bounds if np.isfinite(bound))]
-    if isinstance(kind, Choice | Flag | Function):
-        return [None, *{Choice: TEXTS[1:], Flag: FLAGS, Function: ["LRU", 3, model]}[type(kind)]]
+    if isinstance(kind, Choice | Flag | Function | FilePath):
+        return [None, *{Choice: TEXTS[1:], Flag: FLAGS, Function: ["LRU", 3, model], FilePath: [3, "", []]}[type(kind)]]
     if isinstance(kind, Array):
         names = [axis for axis in kind.axes.strip("()").split(",") if axis.strip()]
         few = sum("…" not in axis and "*" not in axis for axis in names)
@@ -197,9 +206,13 @@ OTHERS = {  # what is wrong for arguments that are of no kind
     "d_model": [None, 0, -1, 2.5, "4", True], "d_hidden": [None, 0, -1, 3, 2.5, "4", True],
     "mean": [None, (1.0, 2.0), (NAN,), "m"], "std": [None, (0.0,), (-1.0,), (NAN,), (1.0, 2.0)], "increment_std": [None, (0.0,), (NAN,)],
     "features": [None, 0, "4"], "gate": [None, "no such"], "method": [None, "no such"], "dt": [0.0, -1.0, NAN, "1"],
-    "model": [None, "LRU", layer, S5SSM], "backend": [None, "no such"], "segment": [0, "4", 2.5],
+    "model": [None, "LRU", layer, S5SSM], "out": [None, 3, np.zeros(3), np.zeros((2, 3, 5, 1))],
+    "backend": [None, "no such"], "segment": [0, "4", 2.5],
 }
-FREE = {"variables", "key", "rng", "state", "xs", "errors", "path", "batches", "optimizer", "module", "dplr", "conj_sym", "block_diagonal"}
+FREE = {  # looked at by Flax, JAX, optax or matplotlib, or by whoever is named beside them
+    "variables", "params", "fig", "key", "rng", "state", "xs", "errors", "batches", "optimizer", "module", "dplr", "conj_sym",
+    "block_diagonal",
+}
 
 
 def test_every_public_name_is_here():
@@ -273,3 +286,13 @@ def wrong_calls(module, u, name="u"):
     for argument, values in {"dt": [-1.0, NAN, 1j, np.ones(3)], "mask": [1.0, np.ones(2), np.ones(3, bool)]}.items():
         for value in values:
             told(call(carry, u[:, 0], method="step", **{argument: value}), argument, value)
+
+
+@pytest.mark.parametrize("scale", ((NAN,), (1.0, 2.0), (), None))
+def test_wrong_scales_are_told(scale):
+    "Of a named tuple, which has no door of its own: by its methods."
+    for name in ("mean", "std"):
+        for method in ("normalize", "denormalize"):
+            scales = Normalizer((0.0,), (1.0,), (1.0,))._replace(**{name: scale})
+            told(partial(getattr(scales, method), frames), name, scale)
+    told(lambda: Normalizer((0.0,), (1.0,), (1.0,)).normalize(frames.astype(int)), "x", "integers")
