@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'shown', 'Size', 'Number', 'Choice', 'Flag', 'FilePath', 'Function', 'Maybe', 'concrete', 'Array', 'takes',
-           'check_fields', 'check_positive', 'check_even', 'check_divides', 'check_choice', 'check_steps',
-           'check_length']
+           'check_fields', 'check_even', 'check_divides', 'check_choice', 'check_steps', 'check_length']
 
 # %% ../nbs/00_checks.ipynb #1929e8e3
 import functools
@@ -208,12 +207,6 @@ def check_fields(thing):
         kind(name, getattr(thing, name))
 
 # %% ../nbs/00_checks.ipynb #6a1f0c07
-def check_positive(**sizes):
-    "Raise a ValueError for a size that is not an integer ≥ 1 (None passes: it means not set)."
-    for name, size in sizes.items():
-        Maybe(Size())(name, size)
-
-
 def check_even(why="poles come in conjugate pairs", **sizes):
     "Raise a ValueError for a size that is odd, where things come in pairs."
     for name, size in sizes.items():

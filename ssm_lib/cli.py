@@ -27,7 +27,7 @@ from ssm_lib.data import (
     window_batches,
     windows,
 )
-from .checks import check_positive
+from .checks import FilePath, Flag, Maybe, Size, takes
 from .metrics import fit_linear, nrmse, persistence
 from .models import BatchStackedSSMModel, IncrementModel
 from .plots import animate_rollout, plot_errors, plot_rollout, save_figure
@@ -121,6 +121,7 @@ def write_run(
     return errors
 
 # %% ../nbs/50_cli.ipynb #81345a68
+@takes(out=Maybe(FilePath()), seed=Size(0), updates=Size(), quiet=Flag())
 def demo(
     out: str | None = None,  # folder of the run; None makes one under runs/
     seed: int = 0,  # of data, parameters and batches
@@ -128,7 +129,6 @@ def demo(
     quiet: bool = False,  # no progress bar
 ) -> int:  # 0 if the model beats both baselines at every lead, else 1
     "Learn Kuramoto–Sivashinsky, roll it out from held-out frames, and compare."
-    check_positive(updates=updates)
     folder = Path(out or f"runs/demo-{time.strftime('%Y%m%d-%H%M%S')}")
     x, test = split_trajectories(pde_trajectories(**DEMO["data"], seed=seed), N_TEST, seed=seed)
     frames = x.shape[0] * x.shape[1]
@@ -151,6 +151,7 @@ def demo(
     return 1 if lost else 0
 
 # %% ../nbs/50_cli.ipynb #6c52d611
+@takes(run=FilePath(), history=FilePath(), steps=Size(), out=FilePath())
 def roll_out(
     run: str,  # folder of a run
     history: str,  # .npy or .npz with (N, T0, W, C)
@@ -158,7 +159,6 @@ def roll_out(
     out: str,  # .npy to write
 ) -> int:  # 0
     "Roll out a trained run from histories in a file. Raises ValueError for bad ones, before any compute."
-    check_positive(steps=steps)
     if Path(out).suffix != ".npy":
         raise ValueError(f"out is {out}; expected a file name that ends in .npy.")
     variables, config = load_checkpoint(Path(run) / CHECKPOINT)

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from .checks import Array, Maybe, Size, check_fields, check_positive
+from .checks import Array, Maybe, Size, check_fields
 from .run import Plan, run, whole
 from .scan import impulse, without_axis
 from .system import System, Times, times_of
@@ -135,7 +135,8 @@ class Recurrent(nn.Module):
                 f"batch_size is {batch_size}; "
                 "expected one size, as this model is for a batch: batch_size=B."
             )
-        check_positive(**{f"batch_size[{i}]": n for i, n in enumerate(lead)})
+        for n in lead:
+            Size()("batch_size", n)
         module, variables = self.unbind()
         module = inference(module)
         x = jax.ShapeDtypeStruct((*lead, 1, *self.frame), jnp.float32)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .checks import Choice, Flag, Size, check_choice, check_divides, check_even, check_positive, takes
+from .checks import Choice, Flag, Size, check_choice, check_divides, check_even, takes
 
 # %% ../nbs/10_hippo.ipynb #fe579639
 @takes(N=Size())
@@ -162,7 +162,7 @@ MEASURES = {
 def _build(measure, N, options):
     "A, B and P (rank, N) of a measure; P is None where A has no normal + low-rank form in its own basis."
     check_choice("measure", measure, MEASURES)
-    check_positive(N=N)
+    Size()("N", N)
     known = list(inspect.signature(MEASURES[measure]).parameters)[1:]
     if unknown := sorted(options.keys() - known):
         raise ValueError(

@@ -40,7 +40,6 @@ save_checkpoint(FOLDER / "x.msgpack", variables)
 
 VALID = {
     "blocks.SequenceLayer": dict(ssm=layer, d_model=H, dropout=0.1, norm="layer", activation="gelu", training=False, prenorm=True),
-    "checks.check_positive": dict(size=1),
     "checks.check_even": dict(size=2),
     "contract.inference": dict(module=model),
     "convolution.causal_convolution": dict(u=r(L), K=r(L), axis=0),
