@@ -164,8 +164,9 @@ class SSMLayer(Recurrent, kw_only=True):
 
     def param(self, name, init, *args, **options):
         "A parameter as Flax has it, in float32 at least: exponentials of poles need the digits."
-        value = super().param(name, init, *args, **options)
-        return value.astype(jnp.promote_types(value.dtype, jnp.float32))
+        real = lambda p: jnp.issubdtype(p.dtype, jnp.floating)
+        wide = lambda p: p.astype(jnp.promote_types(p.dtype, jnp.float32)) if real(p) else p
+        return jax.tree.map(wide, super().param(name, init, *args, **options))
 
     frame = property(lambda self: (self.d_model,))
 

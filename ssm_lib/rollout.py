@@ -40,7 +40,9 @@ def _content(x):
         return partial, _content(x.func), _content(x.args), _content(x.keywords)
     if isinstance(x, dict):
         return dict, *sorted((name, _content(value)) for name, value in x.items())
-    return tuple(map(_content, x)) if isinstance(x, list | tuple) else x
+    if isinstance(x, np.ndarray | jax.Array):
+        return x.shape, str(x.dtype), np.asarray(x).tobytes()
+    return tuple(map(_content, x)) if isinstance(x, list | tuple) else (type(x), x)
 
 
 class _Made:
