@@ -84,6 +84,7 @@ def fit_linear(
     horizon: int = 100,  # leads that the choice is made on, if trajectories are that long
 ) -> LinearForecast:
     "The best linear one-step map, its ridge chosen by a rollout of a held-back fifth (Schmid 2010; Tu et al. 2014)."
+    x = np.asarray(x)
     if len(x) < 2:
         raise ValueError(f"x has {len(x)} trajectory; expected two or more, to choose the ridge on one held back.")
     held = max(1, len(x) // 5)
