@@ -128,7 +128,7 @@ def concrete(x) -> bool:
     traced = any(cls.__name__ == "Tracer" for cls in type(x).__mro__)
     return not traced and getattr(x, "is_fully_addressable", True)
 
-
+# %% ../nbs/00_checks.ipynb #6a1f0c10
 @dataclass(frozen=True)
 class Array:
     """An array, or a list of numbers.

@@ -19,14 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ssm_lib.data import (
-    fit_normalizer,
-    load_trajectories,
-    pde_trajectories,
-    split_trajectories,
-    window_batches,
-    windows,
-)
+from .data import fit_normalizer, load_trajectories, pde_trajectories
+from .data import split_trajectories, window_batches, windows
 from .checks import FilePath, Flag, Maybe, Size, takes
 from .metrics import fit_linear, nrmse, persistence
 from .models import BatchStackedSSMModel, IncrementModel

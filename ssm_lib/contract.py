@@ -29,15 +29,11 @@ def inference(
     return module.clone(**changes) if changes else module
 
 # %% ../nbs/05_contract.ipynb #8f05d76b
-def _names(module):
-    "What messages call the input and its axis of time: those of a layer, or those of a model."
-    return ("u", "L") if len(module.frame) == 1 else ("x", "T")
-
-
-def _time_axis(module, x, axis, one_step):
-    "The axis of time in a stretch x, or where to put it into one frame x; a ValueError unless x is made of frames."
+def _input(module, x, axis, one_step):
+    "x, a stretch or one frame, and its axis of time or where to put one; a ValueError unless x is made of frames."
     frame, n = tuple(module.frame), len(module.frame)
-    name, time = _names(module)
+    name, time = ("u", "L") if n == 1 else ("x", "T")  # the words of a layer, or of a model
+    x = Array("(…, *frame)")(name, x)
     batch = {None: ["…"], 0: []}.get(module.batch_axes, ["B"])
     want = "(" + ", ".join([*batch, *([] if one_step else [time]), *map(str, frame)]) + ")"
     lead = x.ndim - n - (not one_step)
@@ -50,13 +46,13 @@ def _time_axis(module, x, axis, one_step):
         raise ValueError(f"{name} has frames of shape {x.shape[x.ndim - n :]}; expected {frame}. Check {sizes}.")
     Maybe(Size(None))("axis", axis)
     if axis is None or one_step:
-        return lead
+        return x, lead
     if n > 1 or axis == -1 or not -x.ndim <= axis < x.ndim - 1:
         raise ValueError(
             f"axis is {axis} for {name} of shape {x.shape}; "
             "expected the axis of time, any but the last of a layer."
         )
-    return axis % x.ndim
+    return x, axis % x.ndim
 
 
 def _said(module, x, axis, keep, said, started=None, one_step=False):
@@ -104,25 +100,22 @@ class Recurrent(nn.Module):
 
     def __call__(self, x, *, dt=None, mask=None, reset=None, axis=None):
         "Whole sequence: x (…, L, *frame) → y (…, L, *frame), or n_steps frames from frame 0 alone."
-        x = Array("(…, *frame)")(_names(self)[0], x)
-        axis = _time_axis(self, x, axis, one_step=False)
+        x, axis = _input(self, x, axis, one_step=False)
         if self.response_steps is not None:
             if x.shape[axis] == 0:
-                raise ValueError(f"{_names(self)[0]} has no steps; expected frame 0, which is all that n_steps reads.")
+                raise ValueError(f"the input has shape {x.shape}; expected frame 0, which is all that n_steps reads.")
             x = impulse(jax.lax.slice_in_dim(x, 0, 1, axis=axis), self.response_steps, axis)
         times = _said(self, x, axis, "none", dict(dt=dt, mask=mask, reset=reset))
         return self.stretch(x, None, times)[1]
 
     def prefill(self, x, carry=None, *, dt=None, mask=None, reset=None, axis=None, all_carries=False):
         "A stretch x (…, L, *frame) from a carried state (None: zero): (carry, y), or with the carry after every step."
-        x = Array("(…, *frame)")(_names(self)[0], x)
-        axis = _time_axis(self, x, axis, one_step=False)
+        x, axis = _input(self, x, axis, one_step=False)
         return self._carried(x, carry, axis, "all" if all_carries else "last", dict(dt=dt, mask=mask, reset=reset))
 
     def step(self, carry, x_k, *, dt=None, mask=None, reset=None):
         "One step from a carried state, x_k (…, *frame): (carry, y_k)."
-        x_k = Array("(…, *frame)")(_names(self)[0], x_k)
-        axis = _time_axis(self, x_k, None, one_step=True)
+        x_k, axis = _input(self, x_k, None, one_step=True)
         said = dict(dt=dt, mask=mask, reset=reset)
         carry, y = self._carried(jnp.expand_dims(x_k, axis), carry, axis, "last", said, one_step=True)
         return carry, jnp.squeeze(y, axis)

@@ -386,13 +386,10 @@ class Hippo:
     The arrays are made once, in float64 on the host, and are the same at every call.
     """
 
+    @takes(state_size=Size(), n_blocks=Size(), conj_sym=Flag(), dplr=Flag(), block_diagonal=Flag())
     def __init__(
         self, state_size, measure="legs", conj_sym=False, dplr=False, block_diagonal=False, n_blocks=1, **options
     ):
-        for name, size in {"state_size": state_size, "n_blocks": n_blocks}.items():
-            Size()(name, size)
-        for name, value in {"conj_sym": conj_sym, "dplr": dplr, "block_diagonal": block_diagonal}.items():
-            Flag()(name, value)
         if n_blocks > 1 and not block_diagonal:
             raise ValueError(f"n_blocks is {n_blocks}; expected 1 without block_diagonal. Add block_diagonal=True.")
         self.state_size, self.measure, self.conj_sym, self.dplr = state_size, measure, conj_sym, dplr

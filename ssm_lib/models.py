@@ -84,8 +84,9 @@ class StackedSSM(Recurrent):
     prenorm: bool = True
 
     kinds = {
-        **SequenceLayer.kinds, "d_vars": Size(), "n_layers": Size(), "n_steps": Maybe(Size()),
-        "ssm_first_layer": Maybe(Function("partial(S5SSM, d_hidden=64, n_steps=100)")), "d_model": lambda *_: None,
+        **{name: kind for name, kind in SequenceLayer.kinds.items() if name != "d_model"},  # that is the grid here
+        "d_vars": Size(), "n_layers": Size(), "n_steps": Maybe(Size()),
+        "ssm_first_layer": Maybe(Function("partial(S5SSM, d_hidden=64, n_steps=100)")),
     }
     space_axes = ("W",)  # names of the axes of space, for messages
 

@@ -168,8 +168,6 @@ def project_online(
     """
     f, (A, B) = jnp.asarray(f), transition(measure, N, **options)
     _check_clock(measure, dt, times, start)
-    if f.ndim == 0:
-        raise ValueError("f has shape (); expected (L, ...), time first.")
     dtype = jnp.promote_types(f.dtype, jnp.complex64 if np.iscomplexobj(A) else jnp.float32)
     shape = (*f.shape[1:], N)
     if c0 is not None and jnp.shape(c0) != shape:

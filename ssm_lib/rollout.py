@@ -20,6 +20,7 @@ from .contract import inference
 from .scan import scan_in_segments
 
 # %% ../nbs/40_rollout.ipynb #8dd7f23f
+_HISTORY = Array("(B, T0, *space, C)", finite=True)  # looked at where it lies, not copied to the host
 _DT = Maybe(Array("(…)", "reals", low=0))
 
 
@@ -111,7 +112,6 @@ def _check_history(history, n_steps, dt, teacher_forcing=0):
             f"dt has shape {jnp.shape(dt)}; "
             f"expected (), ({steps},) or ({B}, {steps}), one value per frame that is read."
         )
-    Array("(B, T0, *space, C)", finite=True)("history", history)  # looked at where it lies, not copied to the host
 
 # %% ../nbs/40_rollout.ipynb #d9a4f63d
 class RolloutDivergedError(FloatingPointError):
@@ -123,7 +123,7 @@ class RolloutDivergedError(FloatingPointError):
 
 
 @takes(
-    model=check_model, history=Array("(B, T0, *space, C)"), n_steps=Size(), return_carry=Flag(), dt=_DT,
+    model=check_model, history=_HISTORY, n_steps=Size(), return_carry=Flag(), dt=_DT,
     teacher_forcing=Size(0), segment=Maybe(Size()), check=Flag(),
 )
 def rollout(
@@ -192,7 +192,7 @@ def _pieces(made, variables, history, n_steps, chunk, carry, dt):
         raise RolloutDivergedError(done + bad)
 
 
-@takes(model=check_model, history=Array("(B, T0, *space, C)"), n_steps=Size(), chunk=Size(), dt=_DT)
+@takes(model=check_model, history=_HISTORY, n_steps=Size(), chunk=Size(), dt=_DT)
 def rollout_stream(
     model: nn.Module,  # a Batch model of the contract, or a wrapper of one
     variables,  # its variables
@@ -213,7 +213,7 @@ def rollout_stream(
     return _pieces(_Made(model), variables, history, n_steps, chunk, carry, dt)
 
 # %% ../nbs/40_rollout.ipynb #8c444c7c
-@takes(model=check_model, history=Array("(B, T0, *space, C)"))
+@takes(model=check_model, history=_HISTORY)
 def write_rollout(
     out,  # (B, n_steps, *space, C) anything that takes out[:, a:b] = frames: NumPy array, np.memmap, zarr array
     model: nn.Module,  # as in `rollout_stream`, like the other arguments

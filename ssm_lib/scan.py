@@ -136,11 +136,6 @@ def without_axis(
 
 
 def _check_scan(Lambda_bar, Bu, x0, axis):
-    if Bu.ndim < 2:
-        raise ValueError(
-            f"Bu has shape {Bu.shape}; "
-            "expected (…, L, P), with time on axis −2 unless `axis` says otherwise."
-        )
     if not -Bu.ndim <= axis < Bu.ndim - 1 or axis == -1:
         raise ValueError(f"axis is {axis} for Bu of shape {Bu.shape}; expected the axis of time, any but the last.")
     fits = Lambda_bar.ndim <= Bu.ndim and all(
@@ -155,7 +150,7 @@ def _check_scan(Lambda_bar, Bu, x0, axis):
     if x0 is not None and x0.shape != state:
         raise ValueError(f"x0 has shape {x0.shape}; expected {state}, Bu without its axis of time.")
 
-
+# %% ../nbs/01_scan.ipynb #27ac6ae0
 @takes(
     Lambda_bar=Array("(…, P)", "numbers"), Bu=Array("(…, L, P)", "numbers"),
     x0=Maybe(Array("(…, P)", "numbers")), reverse=Flag(), axis=Size(None),

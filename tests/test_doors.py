@@ -6,6 +6,7 @@ from the kinds that it says it takes (`ssm_lib.checks`); arguments of no kind sa
 
 import importlib
 import pkgutil
+import re
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -206,11 +207,10 @@ OTHERS = {  # what is wrong for arguments that are of no kind
     "mean": [None, (1.0, 2.0), (NAN,), "m"], "std": [None, (0.0,), (-1.0,), (NAN,), (1.0, 2.0)], "increment_std": [None, (0.0,), (NAN,)],
     "features": [None, 0, "4"], "gate": [None, "no such"], "method": [None, "no such"], "dt": [0.0, -1.0, NAN, "1"],
     "model": [None, "LRU", layer, S5SSM], "out": [None, 3, np.zeros(3), np.zeros((2, 3, 5, 1))],
-    "backend": [None, "no such"], "segment": [0, "4", 2.5],
+    "backend": [None, "no such"], "conj_sym": FLAGS, "dplr": FLAGS, "block_diagonal": FLAGS,
 }
-FREE = {  # looked at by Flax, JAX, optax or matplotlib, or by whoever is named beside them
-    "variables", "params", "fig", "key", "rng", "state", "xs", "errors", "batches", "optimizer", "module", "dplr", "conj_sym",
-    "block_diagonal",
+FREE = {  # looked at by Flax, JAX, optax or matplotlib
+    "variables", "params", "fig", "key", "rng", "state", "xs", "errors", "batches", "optimizer", "module",
 }
 
 
@@ -228,7 +228,8 @@ def told(call, name, value):
     except (ValueError, TypeError) as error:
         text = str(error)
         assert "\n" not in text and len(text) < 300, f"{name} = {value!r}: {text[:400]}"
-        assert isinstance(error, ValueError) and name in text, f"{name} = {value!r} got {type(error).__name__}: {text}"
+        named = re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text)  # as a word: "u" is in every sentence
+        assert isinstance(error, ValueError) and named, f"{name} = {value!r} got {type(error).__name__}: {text}"
         return
     except Exception as error:
         raise AssertionError(f"{name} = {value!r} got {type(error).__name__}: {str(error)[:200]}") from error
