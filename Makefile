@@ -6,7 +6,7 @@ PACKAGING := settings.ini setup.py pyproject.toml
 PAGES := $(sort $(wildcard nbs/*.ipynb nbs/tutorials/*.ipynb))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-install test-oldest bench lint export pages docs docs-test clean
+.PHONY: help install demo test test-install test-oldest bench lint export pages docs docs-links docs-test clean
 .DELETE_ON_ERROR:
 
 help:  ## list these targets
@@ -71,8 +71,11 @@ QUARTO ?= $(shell command -v quarto)
 docs: install $(if $(QUARTO),,$(VENV)/.installed-docs)  ## build the site into _docs/
 	PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH="$(CURDIR)" JAX_PLATFORMS=cpu sh -c "$(if $(QUARTO),touch README.md && nbdev_docs,python tools/docs.py)"
 
-docs-test:  ## build the site without Quarto and look at every page in Chromium
+docs-links:  ## build the site without Quarto and follow every link, without a browser or a network
 	$(MAKE) docs QUARTO=
+	$(BIN)/pytest tools/links_test.py
+
+docs-test: docs-links  ## build the site, follow its links and look at every page in Chromium
 	$(BIN)/pytest tools/docs_test.py
 
 clean:  ## remove what can be made again; results under runs/ stay

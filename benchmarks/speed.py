@@ -97,7 +97,7 @@ def sequences(B, L, H):
 
 def programs(layer, B, L, H, ways=(GRADIENT,)):
     u, w = sequences(B, L, H)
-    return compiled(layer.apply, jax.jit(layer.init)(jax.random.PRNGKey(0), u[0]), u, w, ways)
+    return compiled(layer.apply, jax.jit(layer.init)(jax.random.PRNGKey(0), u[0, :1]), u, w, ways)
 
 
 def interleaved(groups, seconds, turns=4):

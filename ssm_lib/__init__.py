@@ -16,8 +16,9 @@ from ssm_lib.convolution import causal_convolution, discretize_dense, kernel_den
 from ssm_lib.system import DiagonalBank, DiagonalSystem, System
 from ssm_lib.discretization import bilinear, discretize_bilinear, discretize_zoh, zoh
 from ssm_lib.dss import DSS, complex_softmax, dss_kernel, dss_ssm
-from ssm_lib.hippo import DPLRForm, Hippo, dplr, make_DPLR_HiPPO, make_HiPPO, make_NPLR_HiPPO, nplr, transition
+from ssm_lib.hippo import DPLRForm, Hippo, dplr, make_DPLR_HiPPO, make_HiPPO, make_NPLR_HiPPO
 from ssm_lib.lru import LRU, LRUDynamics
+from ssm_lib.measures import nplr, transition
 from ssm_lib.metrics import fit_linear, nrmse, persistence
 from ssm_lib.models import (
     BatchStackedSSM2DModel,

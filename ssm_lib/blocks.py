@@ -6,12 +6,16 @@
 __all__ = ['ACTIVATIONS', 'NORMS', 'Gate', 'SequenceLayer']
 
 # %% ../nbs/30_blocks.ipynb #3adb2772
+import math
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import flax.linen as nn
 
-from .checks import Choice, Flag, Function, Number, Size
+from .checks import Choice, Flag, FloatType, Function, Maybe, Number, Size
 from .contract import Recurrent
+from .discretization import matched
 
 # %% ../nbs/30_blocks.ipynb #185d68a2
 ACTIVATIONS = ("full_glu", "half_glu1", "half_glu2", "gelu")
@@ -27,12 +31,14 @@ class Gate(nn.Module):
     d_model : number of features
     dropout : share of features switched off in training
     training : whether dropout is on
+    dtype : of the computation, as in Flax's layers
     """
 
     activation: str
     d_model: int
     dropout: float
     training: bool
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, z, axis):
@@ -40,9 +46,10 @@ class Gate(nn.Module):
         a = drop(nn.gelu(z))
         if self.activation == "gelu":
             return a
-        sigmoid = nn.sigmoid(nn.Dense(self.d_model, name="out2")(a))
-        value = {"full_glu": nn.Dense(self.d_model, name="out1"), "half_glu1": lambda a: a, "half_glu2": lambda _: z}
-        return drop(value[self.activation](a) * sigmoid)
+        dense = lambda name: nn.Dense(self.d_model, dtype=self.dtype, name=name)
+        sigmoid = nn.sigmoid(dense("out2")(a))
+        value = {"full_glu": lambda a: dense("out1")(a), "half_glu1": lambda a: a, "half_glu2": lambda _: z}
+        return drop(math.prod(matched(value[self.activation](a), sigmoid)))
 
 # %% ../nbs/30_blocks.ipynb #5ef1577f
 class SequenceLayer(Recurrent):
@@ -58,6 +65,7 @@ class SequenceLayer(Recurrent):
     activation : one of "full_glu", "half_glu1", "half_glu2", "gelu"
     prenorm : norm before the layer; after the residual if False
     axis_name : name of a vmapped axis, if there is one, that batch statistics are shared over
+    dtype : of norm and gate, e.g. jnp.bfloat16, as in Flax's layers; the layer has one of its own
 
     Around an initial-condition layer (`n_steps`), the residual too sees only frame 0: the block acts on
     the impulse [x_0, 0, 0, …].
@@ -71,10 +79,12 @@ class SequenceLayer(Recurrent):
     activation: str = "half_glu1"
     prenorm: bool = True
     axis_name: str | None = None
+    dtype: Any = None
 
     kinds = {
         "ssm": Function("partial(S5SSM, d_hidden=64)"), "d_model": Size(), "dropout": Number(0, below=1),
         "norm": Choice(NORMS), "activation": Choice(ACTIVATIONS), "training": Flag(), "prenorm": Flag(),
+        "dtype": Maybe(FloatType()),
     }
     frame = property(lambda self: (self.d_model,))
     response_steps = property(lambda self: self.seq.response_steps)
@@ -87,13 +97,14 @@ class SequenceLayer(Recurrent):
 
     def setup(self):
         self.seq = self.ssm(d_model=self.d_model)
-        batch_norm = lambda: nn.BatchNorm(use_running_average=not self.training, axis_name=self.axis_name)
-        self.normalize = nn.LayerNorm() if self.norm == "layer" else batch_norm()
-        self.gate = Gate(self.activation, self.d_model, self.dropout, self.training)
+        share = dict(use_running_average=not self.training, axis_name=self.axis_name)
+        norm = nn.LayerNorm if self.norm == "layer" else partial(nn.BatchNorm, **share)
+        self.normalize = norm(dtype=self.dtype)
+        self.gate = Gate(self.activation, self.d_model, self.dropout, self.training, self.dtype)
 
     def stretch(self, x, carry, times):
         x = times.see(x)
         z = (self.normalize(x) if self.prenorm else x).astype(x.dtype)
         carry, z = self.seq.stretch(z, carry, times)
-        y = x + self.gate(z, times.axis)
+        y = x + self.gate(z, times.axis).astype(x.dtype)
         return carry, (y if self.prenorm else self.normalize(y)).astype(x.dtype)

@@ -50,7 +50,7 @@ def build_model(
 
 def train(
     config: dict,  # a run, with its scales
-    x: np.ndarray,  # (N, T, W, C) training trajectories
+    x: np.ndarray,  # (M, T, W, C) training trajectories
     updates: int,  # of the parameters
     seed: int,  # of the parameters and the batches
     progress: str | None = None,  # label of a progress bar
@@ -68,7 +68,7 @@ def train(
 def forecasts(
     config: dict,  # a run, with its scales
     variables,  # trained
-    x: np.ndarray,  # (N, T, W, C) training trajectories, for the linear baseline
+    x: np.ndarray,  # (M, T, W, C) training trajectories, for the linear baseline
     test: np.ndarray,  # (M, T, W, C) held-out trajectories
 ):  # truth, {name: forecast}, each (n_starts, 100, W, C)
     "Model, linear map and persistence from the same single frames."
@@ -148,7 +148,7 @@ def demo(
 @takes(run=FilePath(), history=FilePath(), steps=Size(), out=FilePath())
 def roll_out(
     run: str,  # folder of a run
-    history: str,  # .npy or .npz with (N, T0, W, C)
+    history: str,  # .npy or .npz with (M, T0, W, C)
     steps: int,  # frames to predict
     out: str,  # .npy to write
 ) -> int:  # 0
@@ -183,7 +183,7 @@ def main(
     d.add_argument("--quiet", action="store_true", help="no progress bar")
     r = commands.add_parser("rollout", help="roll out a trained run from your own frames")
     r.add_argument("run", help="folder of a run")
-    r.add_argument("--history", required=True, help=".npy or .npz, (N, T0, W, C)")
+    r.add_argument("--history", required=True, help=".npy or .npz, (M, T0, W, C)")
     r.add_argument("--steps", type=int, required=True, help="frames to predict")
     r.add_argument("--out", required=True, help=".npy to write, (N, steps, W, C)")
     options = vars(parser.parse_args(argv))

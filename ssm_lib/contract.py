@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from .checks import Array, Maybe, Size, check_fields
+from .discretization import common_dtype
 from .run import Plan, run, whole
 from .scan import impulse, without_axis
 from .system import System, Times, times_of
@@ -158,7 +159,7 @@ class SSMLayer(Recurrent, kw_only=True):
     def param(self, name, init, *args, **options):
         "A parameter as Flax has it, in float32 at least: exponentials of poles need the digits."
         real = lambda p: jnp.issubdtype(p.dtype, jnp.floating)
-        wide = lambda p: p.astype(jnp.promote_types(p.dtype, jnp.float32)) if real(p) else p
+        wide = lambda p: p.astype(common_dtype(p.dtype, jnp.float32)) if real(p) else p
         return jax.tree.map(wide, super().param(name, init, *args, **options))
 
     frame = property(lambda self: (self.d_model,))
@@ -168,7 +169,7 @@ class SSMLayer(Recurrent, kw_only=True):
         raise NotImplementedError
 
     def stretch(self, u, carry, times):
-        system, wide = self.system(), u.astype(jnp.promote_types(u.dtype, jnp.float32))
+        system, wide = self.system(), u.astype(common_dtype(u.dtype, jnp.float32))
         if times.keep == "none":
             return None, whole(system, wide, times, self.plan).astype(u.dtype)
         carry, y = run(system, wide, carry, times, self.plan)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .checks import Array, Choice, Maybe, Size, takes
+from .discretization import common_dtype
 
 # %% ../nbs/02_convolution.ipynb #3288a8d1
 METHODS = {"forward": 0.0, "backward": 1.0, "bilinear": 0.5, "zoh": None}  # share of a step that is implicit
@@ -60,7 +61,7 @@ def run_dense(
     x0: jax.Array | None = None,  # (N,) state before the first step; None is zero
 ) -> tuple[jax.Array, jax.Array]:  # states (L, N), outputs (L,): the real part of C x
     "The system as a recurrence, one step after the other."
-    x0 = jnp.zeros_like(B_bar, jnp.result_type(A_bar, B_bar, u)) if x0 is None else x0
+    x0 = jnp.zeros_like(B_bar, common_dtype(A_bar, B_bar, u)) if x0 is None else x0
 
     def step(x, u_k):
         x = A_bar @ x + B_bar * u_k
@@ -101,7 +102,7 @@ def causal_convolution(
         raise ValueError(f"K has length {K.shape[0]}; expected at least {L}, the length of u. Make a longer kernel.")
     n = _good_length(max(2 * L - 1, 1))
     K_hat = jnp.fft.rfft(K[:L], n, 0)
-    K_hat = K_hat.reshape(len(K_hat), *(1,) * (u.ndim - axis - K.ndim), *K.shape[1:])
+    K_hat = K_hat.reshape(*(1,) * axis, len(K_hat), *(1,) * (u.ndim - axis - K.ndim), *K.shape[1:])
     y = jnp.fft.irfft(jnp.fft.rfft(u, n, axis) * K_hat, n, axis)
     return jax.lax.slice_in_dim(y, 0, L, axis=axis)
 

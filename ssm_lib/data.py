@@ -22,12 +22,12 @@ _POSITIVE = Number(above=0)
 def check_trajectories(
     x: Any,  # array to check
     name: str = "trajectories",  # what to call it in the error
-) -> np.ndarray:  # the same array, `(N, T, *space, C)`
-    "Return `x` as an array `(N, T, W, C)` or `(N, T, H, W, C)`; a ValueError says what is wrong with it."
+) -> np.ndarray:  # the same array, `(M, T, *space, C)`
+    "Return `x` as an array `(M, T, W, C)` or `(M, T, H, W, C)`; a ValueError says what is wrong with it."
     x = np.asanyarray(x)
     if x.ndim not in (4, 5):
         raise ValueError(
-            f"{name} has shape {x.shape}; expected (N, T, W, C) or (N, T, H, W, C). "
+            f"{name} has shape {x.shape}; expected (M, T, W, C) or (M, T, H, W, C). "
             "Add the missing axes, e.g. x[None, ..., None] for one trajectory of one variable."
         )
     if x.size == 0:
@@ -60,7 +60,7 @@ def _stepper(pde: str, n_dims: int, n_points: int, domain_extent: float, dt: flo
 
 # %% ../nbs/42_data.ipynb #714f71b5
 def _solve(stepper, n_trajectories: int, n_frames: int, warmup: int, cutoff: int, seed: int) -> np.ndarray:
-    "Random Fourier states, `warmup` frames thrown away, then `n_frames` kept: `(N, T, C, *space)`."
+    "Random Fourier states, `warmup` frames thrown away, then `n_frames` kept: `(M, T, C, *space)`."
     import exponax as ex
     import jax
 
@@ -96,7 +96,7 @@ def pde_trajectories(
     cutoff: int = 5,  # highest wavenumber of the initial state
     seed: int = 0,  # same seed, same trajectories
     **coefficients: float,  # the equation's own, as exponax names them: `diffusivity`, `convection_scale`, …
-) -> np.ndarray:  # `(N, T, *space, C)` float32
+) -> np.ndarray:  # `(M, T, *space, C)` float32
     "Trajectories of a periodic PDE from random initial states; None takes the default of `PDES`."
     if n_dims > 2:
         raise ValueError(f"n_dims is {n_dims}; expected 1 or 2.")
@@ -133,8 +133,8 @@ def load_trajectories(
     *,
     key: str | None = None,  # which array of an `.npz` file
     mmap: bool = False,  # leave an `.npy` file on disk; skips the search for NaNs
-) -> np.ndarray:  # `(N, T, *space, C)`; float32, or as stored with `mmap`
-    "Read trajectories and check that they are `(N, T, *space, C)`, real and finite."
+) -> np.ndarray:  # `(M, T, *space, C)`; float32, or as stored with `mmap`
+    "Read trajectories and check that they are `(M, T, *space, C)`, real and finite."
     path = Path(path)
     if path.suffix not in (".npy", ".npz"):
         raise ValueError(f"{path} ends in {path.suffix!r}; expected .npy or .npz. Save it with np.save or np.savez.")
@@ -151,7 +151,7 @@ def load_trajectories(
 # %% ../nbs/42_data.ipynb #1be4b0bb
 @takes(seed=Size(0))
 def split_trajectories(
-    x: np.ndarray,  # `(N, T, *space, C)`
+    x: np.ndarray,  # `(M, T, *space, C)`
     test: float | int = 0.2,  # share of the trajectories held out, or how many
     *,
     seed: int = 0,  # which ones
@@ -200,13 +200,13 @@ class Normalizer(NamedTuple):
 
 # %% ../nbs/42_data.ipynb #0b84b3d0
 def fit_normalizer(
-    x: np.ndarray,  # training trajectories `(N, T, *space, C)`, T at least 2
+    x: np.ndarray,  # training trajectories `(M, T, *space, C)`, T at least 2
 ) -> Normalizer:
     "Measure the scales of each variable in float64, one trajectory at a time. A constant variable gets scales of 1."
     n, length = check_trajectories(x).shape[:2]
     if length < 2:
         raise ValueError(f"trajectories have {length} frame; expected at least 2, to measure the increments.")
-    x = Array("(N, T, *space, C)", finite=True)("x", x)
+    x = Array("(M, T, *space, C)", finite=True)("x", x)
     axes = tuple(range(x.ndim - 2))  # of one trajectory: all but the variables
     mean = sum(a.mean(axes, dtype=np.float64) for a in x) / n
     var = sum(np.square(a - mean).mean(axes) for a in x) / n
@@ -218,10 +218,10 @@ def fit_normalizer(
 # %% ../nbs/42_data.ipynb #ce787475
 @takes(length=Size(), stride=Size())
 def windows(
-    x: np.ndarray,  # `(N, T, *space, C)`
+    x: np.ndarray,  # `(M, T, *space, C)`
     length: int,  # frames per window
     stride: int = 1,  # frames from one window's start to the next
-) -> np.ndarray:  # `(M, length, *space, C)` with M = N * ((T - length) // stride + 1)
+) -> np.ndarray:  # `(K, length, *space, C)` with K = M * ((T - length) // stride + 1)
     "All windows of all trajectories, in order of trajectory, then time. Read-only where it is a view."
     n_frames = check_trajectories(x).shape[1]
     if length > n_frames:
@@ -244,7 +244,7 @@ def random_shift(
 # %% ../nbs/42_data.ipynb #de6d2993
 @takes(batch_size=Size(), length=Size(), shift=Flag(), seed=Size(0))
 def window_batches(
-    x: np.ndarray,  # `(N, T, *space, C)`
+    x: np.ndarray,  # `(M, T, *space, C)`
     batch_size: int,  # windows per batch
     length: int,  # frames per window
     *,

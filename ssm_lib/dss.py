@@ -12,13 +12,14 @@ import jax.numpy as jnp
 
 from .checks import Array, Choice, Maybe, Number, Size, check_even, check_steps, takes
 from .contract import SSMLayer
-from .discretization import clip_poles, log_step_initializer, phi1, zoh
+from .discretization import clip_poles, log_step_initializer, matched, phi1, scaled, zoh
 from .hippo import dplr
 from .system import DiagonalBank, to_complex
 
 # %% ../nbs/22_dss.ipynb #f408dc21
 def _reciprocal(z, eps):
-    return z.conj() / (z.real**2 + z.imag**2 + eps)
+    size = z.real**2 + z.imag**2 + eps
+    return jax.lax.complex(z.real / size, -z.imag / size)
 
 
 @takes(x=Array("(L,)", "numbers"), eps=Number(0))
@@ -103,8 +104,8 @@ class DSS(SSMLayer):
         Lambda = dplr("legs", self.d_hidden, conj_sym=True).Lambda
         self.Lambda_re = self.param("Lambda_re", lambda _: jnp.asarray(Lambda.real, jnp.float32))
         self.Lambda_im = self.param("Lambda_im", lambda _: jnp.asarray(Lambda.imag, jnp.float32))
-        self.W = self.param("W", nn.initializers.normal(0.5**0.5), (self.d_model, len(Lambda), 2))
-        self.D = self.param("D", nn.initializers.normal(1.0), (self.d_model,))
+        self.W = self.param("W", nn.initializers.normal(0.5**0.5, jnp.float32), (self.d_model, len(Lambda), 2))
+        self.D = self.param("D", nn.initializers.normal(1.0, jnp.float32), (self.d_model,))
         self.log_step = self.param("log_step", log_step_initializer(self.dt_min, self.dt_max), (self.d_model,))
 
     def system(self):
@@ -112,7 +113,7 @@ class DSS(SSMLayer):
         Delta = jnp.exp(self.log_step)
 
         def step(dt):
-            long = (Delta if dt is None else Delta * dt)[..., None]
+            long = scaled(Delta, dt)[..., None]
             if self.kernel == "exp":
                 return zoh(Lambda, long)
             if dt is not None and dt.size > 1:
@@ -120,7 +121,8 @@ class DSS(SSMLayer):
                     "kernel='softmax' is normalised over l_max equal steps; "
                     "it takes no dt per step. Use kernel='exp'."
                 )
-            z = Lambda * long
-            return jnp.exp(z), _reciprocal(_geometric(z, self.l_max), 1e-7) / Lambda
+            long, rate = matched(long, Lambda)
+            z = rate * long
+            return jnp.exp(z), _reciprocal(_geometric(z, self.l_max), 1e-7) / rate
 
         return DiagonalBank(step, jnp.ones_like(W), W, self.D, self.l_max)

@@ -7,14 +7,17 @@ __all__ = ['nu_init', 'theta_init', 'gamma_log_init', 'matrix_init', 'log_poles'
            'apply_lru_dynamics_from_ic', 'LRU', 'LRUDynamics']
 
 # %% ../nbs/21_lru.ipynb #48e5933f
+import math
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .checks import Array, Flag, Maybe, Number, Size, check_fields, takes
+from .checks import Array, Flag, FloatType, Maybe, Number, Size, check_fields, takes
 from .contract import SSMLayer
-from .discretization import clip_poles, phi1
+from .discretization import clip_poles, matched, phi1
 from .run import whole
 from .scan import impulse, linear_scan
 from .system import DiagonalSystem
@@ -137,6 +140,7 @@ class LRU(SSMLayer):
     r_min, r_max : ring that the poles start in, 0 ≤ r_min ≤ r_max ≤ 1
     max_phase : largest initial angle, radians per step
     n_steps : if given, read frame 0 only and return so many frames
+    dtype : of the products with B and C, e.g. jnp.bfloat16; None is the input's. The state is float32 at least
 
     Variables: nu_log, theta_log, gamma_log (P,), B_re, B_im (P, H), C_re, C_im (H, P), D (H,).
     """
@@ -147,8 +151,9 @@ class LRU(SSMLayer):
     r_max: float = 1.0
     max_phase: float = 6.28
     n_steps: int | None = None
+    dtype: Any = None
 
-    kinds = {"d_hidden": Size(), "d_model": Size(), "n_steps": Maybe(Size())}
+    kinds = {"d_hidden": Size(), "d_model": Size(), "n_steps": Maybe(Size()), "dtype": Maybe(FloatType())}
     pole_parameters = ("nu_log", "theta_log", "gamma_log")
 
     def __post_init__(self):
@@ -161,8 +166,8 @@ class LRU(SSMLayer):
         self.theta_log = self.param("theta_log", theta_init, (P,), self.max_phase)
         self.gamma_log = self.param("gamma_log", gamma_log_init, (self.nu_log, self.theta_log))
         matrix = lambda name, shape, scale: self.param(name, matrix_init, shape, jnp.float32, scale)
-        self.B_re, self.B_im = (matrix(name, (P, H), np.sqrt(2 * H)) for name in ("B_re", "B_im"))
-        self.C_re, self.C_im = (matrix(name, (H, P), np.sqrt(P)) for name in ("C_re", "C_im"))
+        self.B_re, self.B_im = (matrix(name, (P, H), math.sqrt(2 * H)) for name in ("B_re", "B_im"))
+        self.C_re, self.C_im = (matrix(name, (H, P), math.sqrt(P)) for name in ("C_re", "C_im"))
         self.D = matrix("D", (H,), 1)
 
     def system(self):
@@ -171,10 +176,11 @@ class LRU(SSMLayer):
         def step(dt):
             if dt is None:
                 return jnp.exp(mu), gamma
-            return jnp.exp(mu * dt), gamma * dt * phi1(mu * dt) / phi1(mu)
+            rate, long, gain = matched(mu, dt, gamma)
+            return jnp.exp(rate * long), gain * long * phi1(rate * long) / phi1(rate)
 
         B, C = jax.lax.complex(self.B_re, self.B_im), jax.lax.complex(self.C_re, self.C_im)
-        return DiagonalSystem(step, B, C, self.D)
+        return DiagonalSystem(step, B, C, self.D, dtype=self.dtype)
 
 # %% ../nbs/21_lru.ipynb #41bd5a0d
 class LRUDynamics(nn.Module):

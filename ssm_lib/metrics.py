@@ -13,16 +13,16 @@ import numpy as np
 from .checks import Array, Size, takes
 
 # %% ../nbs/43_metrics.ipynb #d35f998f
-@takes(prediction=Array("(N, T, *space, C)"), truth=Array("(N, T, *space, C)", finite=True))
+@takes(prediction=Array("(M, T, *space, C)"), truth=Array("(M, T, *space, C)", finite=True))
 def nrmse(
-    prediction: np.ndarray,  # (N, T, *space, C)
-    truth: np.ndarray,  # (N, T, *space, C)
+    prediction: np.ndarray,  # (M, T, *space, C)
+    truth: np.ndarray,  # (M, T, *space, C)
 ) -> np.ndarray:  # (T,), entry k is lead k + 1
     "Error at each lead, relative to the truth at that lead, averaged over trajectories (PDEBench; APEBench)."
     if prediction.shape != truth.shape or truth.ndim < 3:
         raise ValueError(
             f"prediction {prediction.shape} and truth {truth.shape}; "
-            "expected the same shape (N, T, *space, C)."
+            "expected the same shape (M, T, *space, C)."
         )
     norm = lambda x: np.sqrt((np.asarray(x, np.float64).reshape(*x.shape[:2], -1) ** 2).sum(-1))
     size = norm(truth)
@@ -34,11 +34,11 @@ def nrmse(
     return (norm(np.asarray(prediction, np.float64) - truth) / size).mean(0)
 
 # %% ../nbs/43_metrics.ipynb #e160d453
-@takes(history=Array("(N, T0, *space, C)"), n_steps=Size())
+@takes(history=Array("(M, T0, *space, C)"), n_steps=Size())
 def persistence(
-    history: np.ndarray,  # (N, T0, *space, C)
+    history: np.ndarray,  # (M, T0, *space, C)
     n_steps: int,  # frames to predict
-) -> np.ndarray:  # (N, n_steps, *space, C)
+) -> np.ndarray:  # (M, n_steps, *space, C)
     "The last known frame, repeated."
     return np.repeat(history[:, -1:], n_steps, 1)
 
@@ -50,12 +50,12 @@ class LinearForecast(NamedTuple):
     b: np.ndarray  # (F,)
     ridge: float
 
-    @takes(history=Array("(N, T0, *space, C)"), n_steps=Size())
+    @takes(history=Array("(M, T0, *space, C)"), n_steps=Size())
     def rollout(
         self,
-        history: np.ndarray,  # (N, T0, *space, C); the last frame is used
+        history: np.ndarray,  # (M, T0, *space, C); the last frame is used
         n_steps: int,  # frames to predict
-    ) -> np.ndarray:  # (N, n_steps, *space, C)
+    ) -> np.ndarray:  # (M, n_steps, *space, C)
         "Apply the map again and again."
         x, frames = history[:, -1].reshape(len(history), -1), []
         for _ in range(n_steps):
@@ -77,9 +77,9 @@ def _ridge(x, ridge):
     return LinearForecast(A, after.mean(0) - A @ mean, ridge)
 
 
-@takes(x=Array("(N, T, *space, C)", finite=True), horizon=Size())
+@takes(x=Array("(M, T, *space, C)", finite=True), horizon=Size())
 def fit_linear(
-    x: np.ndarray,  # (N, T, *space, C) training trajectories
+    x: np.ndarray,  # (M, T, *space, C) training trajectories
     ridges: tuple = (0.0, 1e-10, 1e-8, 1e-6, 1e-4, 1e-2),  # strengths to try, relative to the mean variance
     horizon: int = 100,  # leads that the choice is made on, if trajectories are that long
 ) -> LinearForecast:

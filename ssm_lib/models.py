@@ -9,6 +9,7 @@ __all__ = ['DenseMixing', 'StackedSSM', 'StackedSSM2D', 'BatchStackedSSMModel', 
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 from .blocks import SequenceLayer
 from .checks import Array, Function, Maybe, Size, shown
 from .contract import Recurrent
+from .discretization import matched
 
 # %% ../nbs/31_models.ipynb #d7464995
 class DenseMixing(nn.Module):
@@ -25,14 +27,16 @@ class DenseMixing(nn.Module):
     ----------
     space : shape of the grid
     d_vars : variables per grid point
+    dtype : of the computation, as in Flax's layers
     """
 
     space: tuple
     d_vars: int
+    dtype: Any = None
 
     def setup(self):
-        self.encoder = nn.Dense(self.n_features)
-        self.decoder = nn.Dense(self.n_features)
+        self.encoder = nn.Dense(self.n_features, dtype=self.dtype)
+        self.decoder = nn.Dense(self.n_features, dtype=self.dtype)
 
     @property
     def n_features(self):
@@ -69,6 +73,7 @@ class StackedSSM(Recurrent):
     ssm_first_layer : factory of the first layer, if another; with `n_steps` it makes an initial-condition model
     n_steps : makes an initial-condition model that returns so many frames
     dropout, training, norm, activation, prenorm : see `SequenceLayer`
+    dtype : of encoder, decoder, norms and gates, e.g. jnp.bfloat16; layers have their own: `partial(S5SSM, dtype=…)`
     """
 
     ssm: Callable
@@ -82,6 +87,7 @@ class StackedSSM(Recurrent):
     norm: str = "layer"
     activation: str = "half_glu1"
     prenorm: bool = True
+    dtype: Any = None
 
     kinds = {
         **{name: kind for name, kind in SequenceLayer.kinds.items() if name != "d_model"},  # that is the grid here
@@ -112,9 +118,10 @@ class StackedSSM(Recurrent):
         super().__post_init__()
 
     def setup(self):
-        self.mixing = DenseMixing(self.space, self.d_vars)
+        self.mixing = DenseMixing(self.space, self.d_vars, self.dtype)
         factories = [self.ssm_first_layer or self.ssm, *[self.ssm] * (self.n_layers - 1)]
-        options = {name: getattr(self, name) for name in ("dropout", "norm", "training", "activation", "prenorm")}
+        names = ("dropout", "norm", "training", "activation", "prenorm", "dtype")
+        options = {name: getattr(self, name) for name in names}
         self.blocks = [SequenceLayer(ssm, self.mixing.n_features, **options) for ssm in factories]
 
     def stretch(self, x, carry, times):
@@ -189,6 +196,7 @@ class IncrementModel(Recurrent):
             )
 
     def stretch(self, x, carry, times):
-        mean, std, scale = (jnp.asarray(z, x.dtype) for z in (self.mean, self.std, self.increment_std))
+        scales = (jnp.asarray(z, x.dtype) for z in (self.mean, self.std, self.increment_std))
+        x, mean, std, scale = matched(x, *scales)
         carry, y = self.model.stretch((x - mean) / std, carry, times)
         return carry, x + scale * y

@@ -16,7 +16,7 @@ from numpy.polynomial import laguerre, legendre
 
 from .checks import Array, Choice, Flag, Maybe, Number, Size, check_fields, takes
 from .convolution import METHODS, discretize_dense
-from .hippo import MEASURES, transition
+from .measures import MEASURES, transition
 from .scan import binary_operator
 
 # %% ../nbs/11_projection.ipynb #3d282d1b

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .checks import Array, Flag, Maybe, Size, concrete, shown, takes
+from .checks import Array, Flag, Maybe, Size, concrete, known, shown, takes
 from .contract import inference
 from .scan import scan_in_segments
 
@@ -24,9 +24,21 @@ _HISTORY = Array("(B, T0, *space, C)", finite=True)  # looked at where it lies, 
 _DT = Maybe(Array("(…)", "reals", low=0))
 
 
+def _as_linen(model, variables):
+    "A model and its variables as Linen has them: those of a `flax.nnx.bridge.ToNNX` are its `nnx.state`."
+    if type(model).__name__ != "ToNNX":
+        return model, variables
+    from flax.nnx.bridge.variables import nnx_attrs_to_linen_vars
+
+    state = {name: part for name, part in variables.items() if not name.endswith("rngs")}
+    inner = model.to_nnx__module if hasattr(model, "to_nnx__module") else model.module  # until flax 0.11
+    return inner, state if "params" in state else nnx_attrs_to_linen_vars(state)
+
+
 def check_model(name, value):
     "What can be rolled out: whatever has the methods of the contract, on a batch."
-    missing = [method for method in ("apply", "prefill", "step") if not hasattr(value, method)]
+    inner, _ = _as_linen(value, {})
+    missing = [method for method in ("apply", "prefill", "step") if not hasattr(inner, method)]
     if missing or isinstance(value, type):
         raise ValueError(f"{name} is {shown(value)}; expected a model of the contract, e.g. BatchStackedSSMModel(…).")
     return value
@@ -95,15 +107,16 @@ def _rollout(made, variables, history, n_steps, carry, dt, teacher_forcing, segm
 
 
 def _check_history(history, n_steps, dt, teacher_forcing=0):
-    if history.ndim < 4 or history.shape[1] < 1:
+    if history.ndim < 4 or (known(history.shape[1]) and history.shape[1] < 1):
         raise ValueError(
             f"history has shape {history.shape}; "
             "expected (B, T0, *space, C) with T0 ≥ 1. Add a batch or time axis."
         )
     B, T0 = history.shape[:2]
-    if not 0 <= teacher_forcing < min(T0, n_steps):
+    most = min(T0, n_steps) if known(T0) else n_steps
+    if not 0 <= teacher_forcing < most:
         raise ValueError(
-            f"teacher_forcing is {teacher_forcing}; expected 0 ≤ teacher_forcing < {min(T0, n_steps)}: "
+            f"teacher_forcing is {teacher_forcing}; expected 0 ≤ teacher_forcing < {most}: "
             f"the forced frames are the last ones of the history (T0 = {T0}), and n_steps is {n_steps}."
         )
     steps = T0 + n_steps - 1 - teacher_forcing
@@ -127,8 +140,8 @@ class RolloutDivergedError(FloatingPointError):
     teacher_forcing=Size(0), segment=Maybe(Size()), check=Flag(),
 )
 def rollout(
-    model: nn.Module,  # a Batch model of the contract, or a wrapper of one
-    variables,  # its variables
+    model: nn.Module,  # a Batch model of the contract, or a wrapper of one, `flax.nnx.bridge.ToNNX` too
+    variables,  # its variables; of a bridged one its `nnx.state`
     history: jax.Array,  # (B, T0, *space, C) known frames, T0 ≥ 1; one frame is an initial condition
     n_steps: int,  # frames to predict
     *,
@@ -152,7 +165,7 @@ def rollout(
     Raises ValueError for a wrong shape, n_steps < 1, or a concrete history that is not finite, and RolloutDivergedError
     if a concrete future is not; the error holds the frames. `check=False` returns them as they are.
     """
-    history = jnp.asarray(history)
+    (model, variables), history = _as_linen(model, variables), jnp.asarray(history)
     _check_history(history, n_steps, dt, teacher_forcing)
     dt = None if dt is None else jnp.asarray(dt)
     carry, frames = _rollout(_Made(model), variables, history, n_steps, carry, dt, teacher_forcing, segment)
@@ -207,7 +220,7 @@ def rollout_stream(
 
     Raises ValueError at once for what `rollout` refuses, RolloutDivergedError at the first frame that is not finite.
     """
-    history = jnp.asarray(history)
+    (model, variables), history = _as_linen(model, variables), jnp.asarray(history)
     _check_history(history, n_steps, dt)
     dt = None if dt is None else jnp.asarray(dt)
     return _pieces(_Made(model), variables, history, n_steps, chunk, carry, dt)

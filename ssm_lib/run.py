@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 
-from .checks import Choice, Maybe, Size, check_fields, check_length, shown
-from .scan import SCAN_BACKENDS, scan_in_segments, without_axis
+from .checks import Choice, Maybe, Size, check_fields, check_length, known, shown
+from .discretization import common_dtype
+from .scan import SCAN_BACKENDS, scan_in_segments, varying_as, without_axis
 from .system import System, Times, feed_through
 
 # %% ../nbs/04_run.ipynb #44f994c4
@@ -41,6 +42,8 @@ def segment_steps(
     width: int,  # numbers in the state: poles, times samples, times places
 ) -> int:
     "Steps of a segment: enough for products that fill the cores of a CPU, few enough for its cache."
+    if not known(L * width):
+        return L  # left open by jax.export
     if jax.default_backend() != "cpu":
         return 4096  # an accelerator needs more to do at once; not measured yet
     if L * width <= 2**18:
@@ -75,7 +78,7 @@ def _in_segments(system, u, x, times, plan, reverse=False):
     cut, dt = (times, None) if times.dt_varies else (replace(times, dt=None), times.dt)
     zero = system.zero_state(without_axis(first.shape[:-1], axis))
     x = zero if x is None else _checked_carry(x, zero)
-    x = jax.tree.map(lambda z: z.astype(jnp.promote_types(z.dtype, first.dtype)), x)
+    x = jax.tree.map(lambda z: varying_as(first, z.astype(common_dtype(z.dtype, first.dtype))), x)
     end = lambda z: jax.lax.index_in_dim(z, 0 if reverse else -1, axis, keepdims=False)
 
     def segment(x, part):
@@ -83,7 +86,7 @@ def _in_segments(system, u, x, times, plan, reverse=False):
         times, u = times if dt is None else replace(times, dt=dt), jax.tree.map(times.see, u)
         xs = system.states(u, x, times, reverse=reverse, backend=plan.backend)
         y = _with_feedthrough(system, system.observe(xs, u), u, times)
-        return jax.tree.map(end, xs) if L else x, (xs, y) if times.keep == "all" else y
+        return jax.tree.map(end, xs) if L != 0 else x, (xs, y) if times.keep == "all" else y
 
     with jax.named_scope("recurrence"):
         steps = plan.segment or segment_steps(L, sum(z.size for z in jax.tree.leaves(x)) or 1)
@@ -113,7 +116,7 @@ def whole(
     system = _settled(system, times)
     L, y = jax.tree.leaves(u)[0].shape[times.axis], None
     check_length(L, system.l_max)
-    if times.plain and L:
+    if times.plain and L != 0:
         seen = jax.tree.map(times.see, u)
         y = system.convolve(seen, times.axis)
         y = None if y is None else _with_feedthrough(system, y, seen, times)

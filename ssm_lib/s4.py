@@ -7,17 +7,19 @@ __all__ = ['S4D_POLES', 'S4D', 'DPLRSystem', 'kernel_dplr', 'discretize_dplr', '
 
 # %% ../nbs/23_s4.ipynb #bc3cee3f
 from dataclasses import dataclass, replace
+from functools import reduce
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .checks import Array, Choice, Flag, Maybe, Number, Size, check_even, check_steps, takes
+from .checks import Array, Choice, Flag, Maybe, Number, Size, check_even, check_steps, known, takes
 from .contract import SSMLayer
 from .convolution import causal_convolution
-from .discretization import DISCRETIZATIONS, clip_poles, log_step_initializer
+from .discretization import DISCRETIZATIONS, clip_poles, log_step_initializer, matched, scaled
 from .hippo import dplr, nplr, transition
+from .scan import varying_as
 from .system import DiagonalBank, System, to_complex
 
 # %% ../nbs/23_s4.ipynb #dd84de7a
@@ -41,8 +43,8 @@ class _PerFeature(SSMLayer):
         start = lambda part: lambda _: jnp.broadcast_to(jnp.asarray(part, jnp.float32), (self.d_model, len(Lambda)))
         self.Lambda_re = self.param("Lambda_re", start(Lambda.real))
         self.Lambda_im = self.param("Lambda_im", start(Lambda.imag))
-        self.C = self.param("C", nn.initializers.normal(0.5**0.5), (self.d_model, len(Lambda), 2))
-        self.D = self.param("D", nn.initializers.normal(1.0), (self.d_model,))
+        self.C = self.param("C", nn.initializers.normal(0.5**0.5, jnp.float32), (self.d_model, len(Lambda), 2))
+        self.D = self.param("D", nn.initializers.normal(1.0, jnp.float32), (self.d_model,))
         self.log_step = self.param("log_step", log_step_initializer(self.dt_min, self.dt_max), (self.d_model,))
 
     def _continuous(self):
@@ -89,25 +91,27 @@ class S4D(_PerFeature):
 
     def system(self):
         (Lambda, Delta), rule = self._continuous(), DISCRETIZATIONS[self.discretization]
-        step = lambda dt: rule(Lambda, (Delta if dt is None else Delta * dt)[..., None])
+        step = lambda dt: rule(Lambda, scaled(Delta, dt)[..., None])
         return DiagonalBank(step, to_complex(self.B), 2 * to_complex(self.C), self.D)
 
 # %% ../nbs/23_s4.ipynb #d0b9c091
 def _bilinear_map(system, Delta):
     "What a step of length Delta (…, H) needs: half of it, G and the inverse of the r × r matrix."
-    half = Delta[..., None] / 2
-    G = 1 / (1 - half * system.Lambda)
+    half, Lambda = matched(Delta[..., None] / 2, system.Lambda)
+    G = 1 / (1 - half * Lambda)
     inner = 2 * jnp.einsum("hrn,...hn,hsn->...hrs", system.P.conj(), G, system.P).real
-    return half, G, jnp.linalg.inv(jnp.eye(inner.shape[-1], dtype=inner.dtype) + half[..., None] * inner)
+    eye, inner = matched(jnp.eye(inner.shape[-1], dtype=inner.dtype), half.real[..., None] * inner)
+    return half, G, jnp.linalg.inv(eye + inner)
 
 
 def _bilinear_step(system, step_map, x, u_k, mask, reset):
     "One step of the states x (…, H, N/2), by what `_bilinear_map` made of its length."
     half, G, inverse = step_map
     held = x if reset is None else jnp.where(reset[..., None, None], 0, x)
-    low_rank = lambda s: jnp.einsum("hrn,...hr->...hn", system.P, s)
+    low_rank = lambda s: jnp.einsum("hrn,...hr->...hn", system.P, s.astype(system.P.dtype))
     seen = lambda x: 2 * jnp.einsum("hrn,...hn->...hr", system.P.conj(), x).real
-    b = held + half * (system.Lambda * held - low_rank(seen(held)) + 2 * system.B * u_k[..., None])
+    half, G, Lambda, B, u_k, held = matched(half, G, system.Lambda, system.B, u_k[..., None], held)
+    b = held + half * (Lambda * held - low_rank(seen(held)) + 2 * B * u_k)
     new = G * (b - half * low_rank(jnp.einsum("...hrs,...hs->...hr", inverse, seen(G * b))))
     return new if mask is None else jnp.where(mask[..., None, None], new, held)
 
@@ -128,7 +132,7 @@ class DPLRSystem(System):
     def at(self, dt):
         if dt is not None and dt.ndim > 1:
             return self  # each sample has a length of its own: worked out with the steps
-        Delta = self.Delta if dt is None else self.Delta * dt
+        Delta = scaled(self.Delta, dt)
         return replace(self, Delta=Delta, step_map=_bilinear_map(self, Delta))
 
     def zero_state(self, lead):
@@ -140,20 +144,22 @@ class DPLRSystem(System):
 
         def step(x, at):
             u_k, dt_k, mask_k, reset_k = at
-            Delta = self.Delta if dt_k is None else self.Delta * dt_k[..., None]
-            step_map = self.step_map or _bilinear_map(self, Delta)
+            long = scaled(self.Delta, None if dt_k is None else dt_k[..., None])
+            step_map = self.step_map or _bilinear_map(self, long)
             x = _bilinear_step(self, step_map, x, u_k, mask_k, reset_k)
             return x, x
 
         dt = times.dt if self.step_map is None else None
         steps = jax.tree.map(front, (u, dt, times.mask, times.reset))
+        x = reduce(lambda x, z: varying_as(z, x), jax.tree.leaves(steps), x)
         return jnp.moveaxis(jax.lax.scan(step, x, steps, reverse=reverse)[1], 0, times.axis)
 
     def observe(self, x, u):
-        return 2 * jnp.sum(self.C.real * x.real - self.C.imag * x.imag, -1)
+        C, x = matched(self.C, x)
+        return 2 * jnp.sum(C.real * x.real - C.imag * x.imag, -1)
 
     def convolve(self, u, axis):
-        if self.step_map is None:
+        if self.step_map is None or not known(u.shape[axis]):
             return None
         kernel = lambda *parts: kernel_dplr(*parts, u.shape[axis])
         return causal_convolution(u, jax.vmap(kernel)(self.Lambda, self.P, self.B, self.C, self.Delta).T, axis)
@@ -178,10 +184,11 @@ def kernel_dplr(
     M, dtype = 2 * L, Lambda.dtype
     shrink = float(jnp.finfo(dtype).eps) ** (2 / 3 / M)                                         # ρ
     z = shrink * np.exp(-2j * np.pi * np.arange(L + 1 if conj_sym else M) / M)
-    R = 1 / (jnp.asarray(2 * (1 - z) / (1 + z), dtype)[:, None] / Delta - Lambda)
+    points, rates, Delta = matched(jnp.asarray(2 * (1 - z) / (1 + z), dtype)[:, None], Lambda, Delta)
+    R = 1 / (points / Delta - rates)
     left, right = jnp.concatenate([C[None], P.conj()]), jnp.concatenate([B[None], P])
     sums = jnp.einsum("kn,an,bn->kab", R, left, right)
-    solved = jnp.linalg.solve(jnp.eye(len(P), dtype=dtype) + sums[:, 1:, 1:], sums[:, 1:, :1])
+    solved = jnp.linalg.solve(jnp.eye(len(P), dtype=dtype)[None] + sums[:, 1:, 1:], sums[:, 1:, :1])
     K_hat = jnp.asarray(2 / (1 + z), dtype) * (sums[:, 0, 0] - jnp.sum(sums[:, 0, 1:] * solved[..., 0], -1))
     K = jnp.fft.irfft(K_hat, M) if conj_sym else jnp.fft.ifft(K_hat).real
     return K[:L] / jnp.asarray(shrink ** np.arange(L), K.dtype)

@@ -6,13 +6,17 @@
 __all__ = ['C_INITS', 'init_log_steps', 'init_VinvB', 'trunc_standard_normal', 'init_CV', 'apply_ssm', 'apply_dynamics', 'S5SSM']
 
 # %% ../nbs/20_s5.ipynb #dcba7b68
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from .checks import Array, Choice, Flag, Maybe, Number, Size, check_divides, check_even, check_steps, takes
+from ssm_lib.checks import (
+    Array, Choice, Flag, FloatType, Maybe, Number, Size, check_divides, check_even, check_steps, takes,
+)
 from .contract import SSMLayer
-from .discretization import DISCRETIZATIONS, clip_poles, log_step_initializer
+from .discretization import DISCRETIZATIONS, clip_poles, log_step_initializer, matched, scaled
 from .hippo import dplr
 from .run import whole
 from .scan import impulse
@@ -40,7 +44,7 @@ def init_VinvB(
     Vinv: jax.Array,  # (P, N) inverse eigenvectors
 ) -> jax.Array:  # (P, H, 2)
     "B drawn in the original basis, rotated by V⁻¹ (Smith et al. 2023, S5, appendix B.1.2)."
-    return to_pairs(jnp.asarray(Vinv) @ init_fun(rng, shape))
+    return to_pairs(jnp.matmul(*matched(Vinv, init_fun(rng, shape))))
 
 
 def trunc_standard_normal(
@@ -49,7 +53,7 @@ def trunc_standard_normal(
 ) -> jax.Array:  # (H, P, 2)
     "LeCun-normal rows, one draw per output feature (Smith et al. 2023, S5, appendix B.1.2)."
     H, P, _ = shape
-    row = lambda k: nn.initializers.lecun_normal()(k, (1, P, 2))[0]
+    row = lambda k: nn.initializers.lecun_normal()(k, (1, P, 2), jnp.float32)[0]
     return jax.vmap(row)(jax.random.split(key, H))
 
 # %% ../nbs/20_s5.ipynb #817e73af
@@ -115,9 +119,9 @@ def apply_dynamics(
 
 # %% ../nbs/20_s5.ipynb #c43e7dbb
 C_INITS = {
-    "lecun_normal": nn.initializers.lecun_normal(),
+    "lecun_normal": nn.initializers.lecun_normal(dtype=jnp.float32),
     "trunc_standard_normal": trunc_standard_normal,
-    "complex_normal": nn.initializers.normal(stddev=0.5**0.5),
+    "complex_normal": nn.initializers.normal(stddev=0.5**0.5, dtype=jnp.float32),
 }
 
 # %% ../nbs/20_s5.ipynb #993149b1
@@ -152,6 +156,7 @@ class S5SSM(SSMLayer):
     step_rescale : factor on all steps, to run at another sampling rate
     blocks : number of HiPPO blocks that the state starts from
     n_steps : if given, read frame 0 only and return so many frames
+    dtype : of the products with B and C, e.g. jnp.bfloat16; None is the input's. The state is float32 at least
 
     Variables: Lambda_re, Lambda_im (P,), B (P, H, 2), C (H, P, 2), D (H,), log_step (P, 1);
     C1 and C2 instead of C when bidirectional (or one C (H, 2P, 2), from published checkpoints).
@@ -169,9 +174,10 @@ class S5SSM(SSMLayer):
     step_rescale: float = 1.0
     blocks: int = 16
     n_steps: int | None = None
+    dtype: Any = None
 
     kinds = {
-        "d_model": Size(), "d_hidden": Size(), "blocks": Size(), "n_steps": Maybe(Size()),
+        "d_model": Size(), "d_hidden": Size(), "blocks": Size(), "n_steps": Maybe(Size()), "dtype": Maybe(FloatType()),
         "C_init": Choice(tuple(C_INITS)), "discretization": Choice(tuple(DISCRETIZATIONS)),
         "conj_sym": Flag(), "clip_eigs": Flag(), "bidirectional": Flag(), "step_rescale": Number(above=0),
     }
@@ -193,15 +199,16 @@ class S5SSM(SSMLayer):
         self.Lambda_re = self.param("Lambda_re", lambda _: jnp.asarray(form.Lambda.real, jnp.float32))
         self.Lambda_im = self.param("Lambda_im", lambda _: jnp.asarray(form.Lambda.imag, jnp.float32))
         Vinv = jnp.asarray(form.V.conj().T, jnp.complex64)
-        self.B = self.param("B", lambda key: init_VinvB(nn.initializers.lecun_normal(), key, shape, Vinv))
+        draw = nn.initializers.lecun_normal(dtype=jnp.float32)
+        self.B = self.param("B", lambda key: init_VinvB(draw, key, shape, Vinv))
         self.Cs = _output_matrices(self, form.V)
-        self.D = self.param("D", nn.initializers.normal(stddev=1.0), (self.d_model,))
+        self.D = self.param("D", nn.initializers.normal(1.0, jnp.float32), (self.d_model,))
         self.log_step = self.param("log_step", init_log_steps, (P, self.dt_min, self.dt_max))
 
     def system(self):
         Lambda = jax.lax.complex(clip_poles(self.Lambda_re) if self.clip_eigs else self.Lambda_re, self.Lambda_im)
         Delta = self.step_rescale * jnp.exp(self.log_step[:, 0])
         rule = DISCRETIZATIONS[self.discretization]
-        step = lambda dt: rule(Lambda, Delta if dt is None else Delta * dt)
+        step = lambda dt: rule(Lambda, scaled(Delta, dt))
         C, *C_back = [to_complex(C) * (2 if self.conj_sym else 1) for C in self.Cs]
-        return DiagonalSystem(step, to_complex(self.B), C, self.D, C_back=C_back[0] if C_back else None)
+        return DiagonalSystem(step, to_complex(self.B), C, self.D, None, C_back[0] if C_back else None, self.dtype)

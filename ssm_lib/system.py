@@ -8,6 +8,7 @@ __all__ = ['SAID', 'project', 'read_out', 'feed_through', 'to_pairs', 'to_comple
 
 # %% ../nbs/03_system.ipynb #7f4394f6
 import abc
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,32 +17,40 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .checks import Array, takes
+from .checks import Array, FloatType, Maybe, known, takes
 from .convolution import causal_convolution, kernel_poles
+from .discretization import matched
 from .scan import linear_scan, without_axis
 
 # %% ../nbs/03_system.ipynb #cb4141f8
-def _product(x, M):
-    "x M over the last axis, as one product of two matrices: with more axes a compiler moves data before it multiplies."
-    return (x.reshape(-1, len(M)) @ M).reshape(*x.shape[:-1], M.shape[1])
+def _product(x, M, dtype=None):
+    """x M over the last axis, as one product of two matrices: with more axes, a compiler moves data first.
+
+    With a dtype, both are rounded to it for the product, and what comes out has the dtype of x again.
+    """
+    low = x.dtype if dtype is None else dtype
+    y = x.reshape(-1, len(M)).astype(low) @ M.astype(low)
+    return y.astype(x.dtype).reshape(*x.shape[:-1], M.shape[1])
 
 
-@takes(B=Array("(P, H)", "numbers"), u=Array("(…, H)"))
+@takes(B=Array("(P, H)", "numbers"), u=Array("(…, H)"), dtype=Maybe(FloatType()))
 def project(
     B: jax.Array,  # (P, H) complex
     u: jax.Array,  # (..., H) real
+    dtype=None,  # of the product, e.g. jnp.bfloat16; None is that of u
 ) -> jax.Array:  # (..., P) complex
     "B u for a real u, as one real matrix product."
-    return jax.lax.complex(*jnp.split(_product(u, jnp.concatenate([B.real, B.imag]).T), 2, axis=-1))
+    return jax.lax.complex(*jnp.split(_product(u, jnp.concatenate([B.real, B.imag]).T, dtype), 2, axis=-1))
 
 
-@takes(C=Array("(H, P)", "numbers"), x=Array("(…, P)", "numbers"))
+@takes(C=Array("(H, P)", "numbers"), x=Array("(…, P)", "numbers"), dtype=Maybe(FloatType()))
 def read_out(
     C: jax.Array,  # (H, P) complex
     x: jax.Array,  # (..., P) complex
+    dtype=None,  # of the product, e.g. jnp.bfloat16; None is that of x
 ) -> jax.Array:  # (..., H) real
     "Re(C x), as one real matrix product."
-    return _product(jnp.concatenate([x.real, x.imag], -1), jnp.concatenate([C.real, -C.imag], 1).T)
+    return _product(jnp.concatenate([x.real, x.imag], -1), jnp.concatenate([C.real, -C.imag], 1).T, dtype)
 
 
 @takes(D=Array("(H,)"), u=Array("(…, H)"))
@@ -226,7 +235,7 @@ class Diagonal(System):
 
     def states(self, u, x, times, **options):
         step = self.step(None if times.dt is None else times.dt[..., None])
-        return linear_scan(*times.fold(*self.drive(step, u)), x, axis=times.axis, **options)
+        return linear_scan(*times.fold(*matched(*self.drive(step, u))), x, axis=times.axis, **options)
 
 
 @dataclass(frozen=True)
@@ -234,6 +243,7 @@ class DiagonalSystem(Diagonal):
     "All inputs drive all poles, all poles make all outputs: B (P, H), C (H, P), poles and gains (P,) or (…, P)."
 
     C_back: jax.Array | None = None  # (H, P) output matrix of a second pass, from the end; None runs forward only
+    dtype: Any = None  # of the products with B and C; None is that of u
 
     @property
     def backward(self):
@@ -244,12 +254,13 @@ class DiagonalSystem(Diagonal):
 
     def drive(self, step, u):
         Lambda_bar, gamma = step
-        if gamma.ndim > 1 or u.size < self.B.shape[1] ** 2:
-            return Lambda_bar, gamma * project(self.B, u)
-        return Lambda_bar, project(gamma[:, None] * self.B, u)
+        few = known(u.size) and u.size < self.B.shape[1] ** 2
+        if gamma.ndim > 1 or few:
+            return Lambda_bar, math.prod(matched(gamma, project(self.B, u, self.dtype)))
+        return Lambda_bar, project(gamma.astype(self.B.dtype)[:, None] * self.B, u, self.dtype)
 
     def observe(self, x, u):
-        return read_out(self.C, x)
+        return read_out(self.C, x, self.dtype)
 
 # %% ../nbs/03_system.ipynb #e2d45fc6
 @dataclass(frozen=True)
@@ -265,20 +276,22 @@ class DiagonalBank(Diagonal):
     def drive(self, step, u):
         flat = lambda z: z.reshape(*z.shape[:-2], self.C.size)
         Lambda_bar, gamma = step
-        gain = gamma * self.B
-        Bu = jax.lax.complex(u[..., None] * gain.real, u[..., None] * gain.imag)
+        gain = math.prod(matched(gamma, self.B))
+        u, re, im = matched(u[..., None], gain.real, gain.imag)
+        Bu = jax.lax.complex(u * re, u * im)
         return flat(jnp.broadcast_to(Lambda_bar, (*Lambda_bar.shape[:-2], *self.C.shape))), flat(Bu)
 
     def observe(self, x, u):
         x = x.reshape(*x.shape[:-1], *self.C.shape)
-        return jnp.sum(x.real * self.C.real - x.imag * self.C.imag, -1)
+        x, C = matched(x, self.C)
+        return jnp.sum(x.real * C.real - x.imag * C.imag, -1)
 
     def convolve(self, u, axis):
-        if self.step(None)[0].ndim > 2:
-            return None  # a kernel for each sample
+        if self.step(None)[0].ndim > 2 or not known(u.shape[axis]):
+            return None  # a kernel for each sample, or of any length
         return causal_convolution(u, self.kernel(u.shape[axis]), axis)
 
     def kernel(self, L):
         "Response of each feature to an impulse, without the feedthrough: (L, H)."
         Lambda_bar, gamma = self.step(None)
-        return kernel_poles(jnp.broadcast_to(Lambda_bar, self.C.shape), self.C * gamma * self.B, L)
+        return kernel_poles(jnp.broadcast_to(Lambda_bar, self.C.shape), math.prod(matched(self.C, gamma, self.B)), L)

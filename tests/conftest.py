@@ -1,7 +1,7 @@
 """Fixtures for every test."""
 
-import jax
 import pytest
+from sweep import quickly
 
 
 @pytest.fixture
@@ -10,6 +10,5 @@ def quick_compilation():
 
     The pages, and most tests of accuracy and of published values (by the usual scan), compile as users do.
     """
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    with quickly():
+        yield

@@ -21,7 +21,7 @@ from sweep import KEY, LAYERS, noise
 
 import ssm_lib
 from ssm_lib import S5SSM, BatchStackedSSMModel, IncrementModel, SequenceLayer, save_checkpoint
-from ssm_lib.checks import Array, Choice, FilePath, Flag, Function, Maybe, Number, Size
+from ssm_lib.checks import Array, Choice, FilePath, Flag, FloatType, Function, Maybe, Number, Size
 from ssm_lib.data import Normalizer
 
 MODULES = {m.name: importlib.import_module(f"ssm_lib.{m.name}") for m in pkgutil.iter_modules(ssm_lib.__path__) if m.name[0] != "_"}
@@ -40,7 +40,9 @@ np.save(FOLDER / "x.npy", frames)
 save_checkpoint(FOLDER / "x.msgpack", variables)
 
 VALID = {
-    "blocks.SequenceLayer": dict(ssm=layer, d_model=H, dropout=0.1, norm="layer", activation="gelu", training=False, prenorm=True),
+    "blocks.SequenceLayer": dict(
+        ssm=layer, d_model=H, dropout=0.1, norm="layer", activation="gelu", training=False, prenorm=True, dtype=jnp.bfloat16
+    ),
     "checks.check_even": dict(size=2),
     "contract.inference": dict(module=model),
     "convolution.causal_convolution": dict(u=r(L), K=r(L), axis=0),
@@ -75,14 +77,14 @@ VALID = {
     "hippo.make_DPLR_HiPPO": dict(N=N),
     "hippo.make_HiPPO": dict(N=N),
     "hippo.make_NPLR_HiPPO": dict(N=N),
-    "hippo.nplr": dict(measure="legs", N=N),
-    "hippo.transition": dict(measure="legs", N=N),
     "hippo.Hippo": dict(state_size=N, measure="legs", conj_sym=True, dplr=False, block_diagonal=True, n_blocks=2),
     "lru.apply_lru_dynamics": dict(inputs=r(L, H), discrete_lambda=poles, B_norm=z(P, H), C=z(H, P), D=r(H)),
     "lru.apply_lru_dynamics_from_ic": dict(ic=r(1, H), n_steps=3, discrete_lambda=poles, B_norm=z(P, H), C=z(H, P)),
     "lru.log_poles": dict(nu_log=r(P), theta_log=r(P), clip_eigs=False),
-    "lru.LRU": dict(d_model=H, d_hidden=P, r_min=0.1, r_max=0.9, max_phase=1.0, n_steps=3),
+    "lru.LRU": dict(d_model=H, d_hidden=P, r_min=0.1, r_max=0.9, max_phase=1.0, n_steps=3, dtype="bfloat16"),
     "lru.LRUDynamics": dict(d_hidden=P, r_min=0.1, r_max=0.9, max_phase=1.0, clip_eigs=True),
+    "measures.nplr": dict(measure="legs", N=N),
+    "measures.transition": dict(measure="legs", N=N),
     "metrics.fit_linear": dict(x=noise(4, 8, 4, 1), horizon=2),
     "metrics.nrmse": dict(prediction=frames, truth=frames),
     "metrics.persistence": dict(history=frames, n_steps=2),
@@ -117,14 +119,14 @@ VALID = {
     ),
     "s5.S5SSM": dict(
         d_model=H, d_hidden=8, C_init="lecun_normal", discretization="zoh", dt_min=0.1, dt_max=1.0, conj_sym=True,
-        clip_eigs=True, bidirectional=False, step_rescale=1.0, blocks=2, n_steps=3,
+        clip_eigs=True, bidirectional=False, step_rescale=1.0, blocks=2, n_steps=3, dtype=jnp.bfloat16,
     ),
     "scan.impulse": dict(x=r(1, P), L=L, reverse=False),
     "scan.linear_scan": dict(Lambda_bar=poles, Bu=z(L, P), x0=z(P), reverse=True, axis=-2, backend="sequential"),
     "scan.scan_in_segments": dict(f=lambda c, x: (c, x), state=r(P), xs=r(L, P), size=2, axis=0, reverse=True),
     "system.feed_through": dict(D=r(H), u=r(L, H)),
-    "system.project": dict(B=z(P, H), u=r(L, H)),
-    "system.read_out": dict(C=z(H, P), x=z(L, P)),
+    "system.project": dict(B=z(P, H), u=r(L, H), dtype=jnp.bfloat16),
+    "system.read_out": dict(C=z(H, P), x=z(L, P), dtype=jnp.bfloat16),
     "system.to_complex": dict(pairs=r(P, 2)),
     "system.to_pairs": dict(z=poles),
     "training.fit": dict(
@@ -148,14 +150,15 @@ for name in ("StackedSSM2D", "BatchStackedSSM2DModel"):
 NO_DOOR = {  # public names that take nothing which could be wrong without a word, and why
     "made by the library, for the library": (
         "blocks.Gate", "contract.Recurrent", "contract.SSMLayer", "models.DenseMixing", "run.run", "run.segment_steps", "run.whole",
-        "s4.DPLRSystem", "scan.binary_operator", "scan.without_axis", "system.Diagonal", "system.DiagonalBank",
+        "s4.DPLRSystem", "scan.binary_operator", "scan.varying_as", "scan.without_axis", "system.Diagonal", "system.DiagonalBank",
         "system.DiagonalSystem", "system.System", "system.Times", "system.times_of", "training.train_step",
-        "hippo.DPLRForm", "metrics.LinearForecast", "data.Normalizer",
+        "hippo.DPLRForm", "metrics.LinearForecast", "data.Normalizer", "discretization.common_dtype", "discretization.matched",
+        "discretization.scaled",
     ),
     "the doors themselves": (
-        "checks.Array", "checks.Choice", "checks.FilePath", "checks.Flag", "checks.Function", "checks.Maybe",
+        "checks.Array", "checks.Choice", "checks.FilePath", "checks.Flag", "checks.FloatType", "checks.Function", "checks.Maybe",
         "checks.Number", "checks.Size", "checks.check_choice", "checks.check_divides", "checks.check_fields",
-        "checks.check_length", "checks.check_steps", "checks.concrete", "checks.shown", "checks.takes",
+        "checks.check_length", "checks.check_steps", "checks.concrete", "checks.known", "checks.shown", "checks.takes",
         "rollout.check_model",
     ),
     "initialisers, called by Flax": (
@@ -180,8 +183,12 @@ def wrong(kind):
     if isinstance(kind, Number):
         bounds = [kind.low - 1, kind.high + 1, kind.above, kind.below]
         return [None, *NUMBERS, *(bound for bound in bounds if np.isfinite(bound))]
-    if isinstance(kind, Choice | Flag | Function | FilePath):
-        return [None, *{Choice: TEXTS[1:], Flag: FLAGS, Function: ["LRU", 3, model], FilePath: [3, "", []]}[type(kind)]]
+    others = {
+        Choice: TEXTS[1:], Flag: FLAGS, Function: ["LRU", 3, model], FilePath: [3, "", []],
+        FloatType: ["half a float", 16, int, jnp.complex64, True, object()],
+    }
+    if type(kind) in others:
+        return [None, *others[type(kind)]]
     if isinstance(kind, Array):
         names = [axis for axis in kind.axes.strip("()").split(",") if axis.strip()]
         few = sum("…" not in axis and "*" not in axis for axis in names)

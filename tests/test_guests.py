@@ -173,7 +173,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ssm_lib import LRU, S5SSM, BatchStackedSSMModel, rollout
+from ssm_lib import LRU, S4, S5SSM, BatchStackedSSMModel, rollout
 
 assert len(jax.devices()) == 8
 mesh = Mesh(np.array(jax.devices()), ("batch",))
@@ -195,6 +195,18 @@ for ssm in (partial(S5SSM, d_hidden=16, blocks=2), partial(LRU, d_hidden=16)):
         alone = jax.jit(program)(v, x)
         for got, want in zip(jax.tree.leaves(out), jax.tree.leaves(alone)):
             np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max(), err_msg=name)
+        if name != "gradient":  # the same program for each device's part
+            parts = (PartitionSpec(), PartitionSpec("batch"))
+            each = jax.jit(jax.shard_map(program, mesh=mesh, in_specs=parts, out_specs=parts[1]))
+            np.testing.assert_allclose(each(v, x), alone, atol=2e-5 * np.abs(alone).max(), err_msg=name)
+
+sums = jax.shard_map(jax.grad(lambda v, x: jnp.sum(model.apply(v, x) ** 2)), mesh=mesh, in_specs=parts, out_specs=parts[0])
+for got, want in zip(jax.tree.leaves(jax.jit(sums)(v, x)), jax.tree.leaves(jax.grad(lambda v: jnp.sum(model.apply(v, x) ** 2))(v))):
+    np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())
+layer, u = S4(d_model=2, d_hidden=8), x[:8, :, :2, 0]
+v = layer.init(jax.random.PRNGKey(0), u)
+pieces = lambda v, u: layer.apply(v, u, method="prefill", mask=u[..., 0] > 0)[1]
+np.testing.assert_allclose(jax.jit(jax.shard_map(pieces, mesh=mesh, in_specs=parts, out_specs=parts[1]))(v, u), pieces(v, u), atol=1e-5)
 print("sharded")
 '''
 

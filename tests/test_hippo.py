@@ -9,9 +9,10 @@ import pytest
 from scipy.linalg import expm
 from sweep import enable_x64
 
+import ssm_lib
 from ssm_lib import DPLRForm, Hippo, dplr, make_DPLR_HiPPO, make_NPLR_HiPPO, nplr, transition
 from ssm_lib.convolution import discretize_dense, run_dense
-from ssm_lib.hippo import MEASURES
+from ssm_lib.measures import MEASURES
 
 with np.load(Path(__file__).parent / "golden/hippo_matrices.npz") as data:
     GOLDEN = {key: data[key] for key in data}
@@ -91,6 +92,11 @@ def test_published_normal_forms(name):
     # Its B has the imaginary part clipped to ±2, in the phase of its own eigenvectors
     unclipped = V.conj().T @ B_real
     np.testing.assert_allclose(unclipped.real + 1j * unclipped.imag.clip(-2, 2), B, atol=1e-6 * np.abs(B_real).max())
+
+
+@pytest.mark.parametrize("name", ("MEASURES", "nplr", "transition"))
+def test_the_catalogue_imports_from_hippo_too(name):
+    assert getattr(ssm_lib.hippo, name) is getattr(ssm_lib.measures, name)
 
 
 # --- Laws of every measure --------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 `make docs` runs it, from the root of the repository, where Quarto is missing. Navigation, order and titles are those of
 Quarto's build: _quarto.yml and the pages themselves. `Entry` writes what both builds say about a name of the library.
 """
+import ast
 import inspect
 import json
 import posixpath
@@ -26,9 +27,14 @@ STYLE = """
 .content { width: 58em; }
 section.entry { border-top: 1px solid var(--color-background-border); margin-top: 2.2rem; }
 section.entry > :is(h2, h3) { font-size: 1.35em; margin-top: 1.2rem; }
-a.source { float: right; font-size: 0.8rem; }
+section.entry > p:has(> a.source), details.source > summary { font-size: 0.8rem; line-height: 1.5; }
+section.entry > p:has(> a.source) { float: right; margin: 0; }
+details.source { margin-bottom: 1rem; }
+details.source > summary { color: var(--color-foreground-muted); cursor: pointer; width: fit-content; }
+details.source .highlight { font-size: 0.9em; }
 article table.docutils { display: block; margin-left: 0; overflow-x: auto; width: fit-content; max-width: 100%; font-size: 0.9rem; }
 article th { text-align: left; }
+@media (max-width: 46em) { .genindextable > tbody > tr > td { display: block; width: auto !important; } }
 article td:nth-child(n + 2):not(:last-child) { min-width: 7rem; }
 .highlight .nn { text-decoration: none !important; }
 .cell_output img { background: white; }
@@ -63,33 +69,53 @@ def table(head, rows):
     return "\n".join([f"| {head} | |", "|---|---|", *rows]) if rows else ""
 
 
+def folded(name, module):
+    """The source of a function or class of a module, to be unfolded.
+
+    Both builds pass HTML on and read the Markdown between its blank lines; a browser folds it without a script and
+    without a network. (Quarto's and MyST's own folds are each written differently, and MyST's needs one package more.)
+    """
+    text = (get_config().config_path / module).read_text(encoding="utf-8")
+    node = next(node for node in ast.parse(text).body if getattr(node, "name", "") == name)
+    first = min(part.lineno for part in (node, *node.decorator_list))
+    code = "\n".join(text.splitlines()[first - 1 : node.end_lineno])
+    return f'<details class="source">\n<summary>source</summary>\n\n```python\n{code}\n```\n\n</details>'
+
+
 class Entry(BasicMarkdownRenderer):
-    """Signature, summary, link to the source, parameters and methods of a name, in Markdown that both builds read."""
+    """Signature, summary, parameters, methods and source of a name, in Markdown that both builds read."""
 
     def _repr_markdown_(self):
         doc = inspect.getdoc(self.sym) or ""
         doc = "" if doc.startswith(f"{self.nm}(") else doc  # what dataclass writes where nothing is written
-        head, _, tail = doc.partition("\nParameters\n----------\n")
-        summary, _, more = head.strip().partition("\n\n")
-        listed, _, rest = tail.partition("\n\n")
-        rows = {name: note["docment"] for name, note in self.dm.dm.items() if note.get("docment")}
-        returns = rows.pop("return", None)
-        rows |= dict(row.split(" : ", 1) for row in re.sub(r"\n\s+", " ", listed).splitlines())
-        rows = [(", ".join(f"`{n.strip()}`" for n in name.split(",")), note) for name, note in rows.items()]
+        text, *sections = re.split(r"\n(Parameters|Returns)\n-+\n", doc)
+        summary, _, more = text.strip().partition("\n\n")
+        listed, rest = {}, []
+        for section, body in zip(sections[::2], sections[1::2]):
+            lines, _, after = body.partition("\n\n")
+            listed[section] = dict(row.split(" : ", 1) for row in re.sub(r"\n\s+", " ", lines).splitlines())
+            rest.append(after)
+        noted = {name: note["docment"] for name, note in self.dm.dm.items() if note.get("docment")}
+        returns = noted.pop("return", None)
+        named = lambda notes: [(", ".join(f"`{n.strip()}`" for n in names.split(",")), note) for names, note in notes.items()]
+        rows = named(noted | listed.get("Parameters", {})) + ([("*returns*", returns)] if returns else [])
         methods = [
             (f'[`{call(name, f)}`]{{id="{self.nm.lower()}.{name}"}}', inspect.getdoc(f).split("\n\n")[0].replace("\n", " "))
             for name, f in (vars(self.sym).items() if inspect.isclass(self.sym) else ())
             if inspect.isfunction(f) and f.__doc__ and (name[0] != "_" or name == "__call__")
         ]
-        source = NbdevLookup().code(self.fn)
+        lookup = NbdevLookup()
         parts = [
             f"{'#' * self.title_level} {self.nm}",
             f"```python\n{call(self.nm, self.sym)}\n```",
-            f"{summary} [source]({source}){{.source}}" if source else summary,
+            summary,
             more,
-            table("parameter", rows + ([("*returns*", returns)] if returns else [])),
-            rest,
+            table("parameter", rows),
+            table("returns", named(listed.get("Returns", {}))),
+            *rest,
             table("method", methods),
+            f"[in the repository]({lookup.code(self.fn)}){{.source}}",
+            folded(self.nm, lookup[self.fn][1]),
         ]
         return "\n\n".join(filter(None, parts))
 
