@@ -62,7 +62,7 @@ export: install  ## write ssm_lib/ and README.md from the notebooks, and clean t
 
 pages: export  ## run every page top to bottom and store its outputs; PAGES=nbs/01_scan.ipynb runs one
 	JAX_PLATFORMS=cpu $(BIN)/jupyter-nbconvert --to notebook --execute --inplace \
-		--ExecutePreprocessor.coalesce_streams=True --log-level=WARN $(PAGES); \
+		--Exporter.preprocessors=nbconvert.preprocessors.CoalesceStreamsPreprocessor --log-level=WARN $(PAGES); \
 		status=$$?; $(BIN)/nbdev_clean; exit $$status
 	$(BIN)/python tools/readme.py
 
