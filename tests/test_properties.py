@@ -1,6 +1,6 @@
 """Any layer, size, cut, time step, gap and reset, drawn at random: pieces and steps agree with the whole."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,34 @@ def runs(draw):
     return name, noise(L, H, seed=draw(st.integers(0, 99))), times, cuts, draw(st.booleans())
 
 
+@cache
+def made(name, H):
+    "`three_ways` of a layer, compiled, and the tolerance of its arithmetic."
+    ssm, tolerance = LAYERS[name]
+    layer = ssm(d_model=H)
+    v = jax.jit(layer.init)(KEY, noise(1, H))
+    return jax.jit(lambda cuts, *args: list(three_ways(layer, v, cuts, *args)), static_argnums=0), tolerance
+
+
+def three_ways(layer, v, cuts, u, seen, times):
+    "(carry, outputs) of the whole, of pieces, of steps, and of a call where it starts from zero: in one program."
+    prefill, step = (partial(layer.apply, v, method=method) for method in ("prefill", "step"))
+    start = None if seen is None else prefill(seen)[0]
+    last, whole = prefill(u, start, **times)
+    yield last, whole
+
+    carry, pieces = start, []
+    for a, b in zip([0, *cuts], [*cuts, len(u)]):
+        carry, y = prefill(u[a:b], carry, **{key: t[a:b] for key, t in times.items()})
+        pieces.append(y)
+    yield carry, jnp.concatenate(pieces)
+
+    carry = layer.apply(v, method="initial_carry") if start is None else start
+    yield jax.lax.scan(lambda carry, now: step(carry, now[0], **now[1]), carry, (u, times))
+    if start is None:
+        yield last, layer.apply(v, u, **times)
+
+
 @example(("dss_exp", noise(1, 1), {"dt": jnp.ones(1)}, [0], False))
 @example(("s4d_zoh", noise(1, 1), {"dt": jnp.ones(1)}, [0], False))
 @example(("s5_zoh", noise(1, 1), {"dt": jnp.ones(1)}, [0], False))
@@ -37,26 +65,11 @@ def runs(draw):
 @given(runs())
 def test_three_ways_agree(run):
     name, u, times, cuts, started = run
-    ssm, tolerance = LAYERS[name]
-    layer = ssm(d_model=u.shape[1])
-    v = jax.jit(layer.init)(KEY, u)
-    prefill, step = (jax.jit(partial(layer.apply, method=method)) for method in ("prefill", "step"))
-    start = prefill(v, noise(3, u.shape[1], seed=7))[0] if started else None
-    last, whole = prefill(v, u, start, **times)
-
-    carry, pieces = start, []
-    for a, b in zip([0, *cuts], [*cuts, len(u)]):
-        carry, y = prefill(v, u[a:b], carry, **{key: t[a:b] for key, t in times.items()})
-        pieces.append(y)
-    state, steps = layer.apply(v, method="initial_carry") if start is None else start, []
-    for k, u_k in enumerate(u):
-        state, y = step(v, state, u_k, **{key: t[k] for key, t in times.items()})
-        steps.append(y)
-    at_once = whole if started else jax.jit(layer.apply)(v, u, **times)
-
-    scale = max(np.abs(whole).max(), 1e-3)
-    for got in (np.concatenate(pieces), np.stack(steps), at_once):
-        assert got.shape == whole.shape
-        np.testing.assert_allclose(got, whole, atol=tolerance * scale)
-    for other in (carry, state):
-        np.testing.assert_allclose(other, last, atol=tolerance * max(np.abs(last).max(), 1e-3))
+    ways, tolerance = made(name, u.shape[1])
+    start = noise(3, u.shape[1], seed=7) if started else None
+    (last, whole), *others = ways(tuple(cuts), u, start, times)
+    scale = lambda z: max(np.abs(z).max(), 1e-3)
+    for carry, y in others:
+        assert y.shape == whole.shape
+        np.testing.assert_allclose(y, whole, atol=tolerance * scale(whole))
+        np.testing.assert_allclose(carry, last, atol=tolerance * scale(last))
