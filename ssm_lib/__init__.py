@@ -22,10 +22,12 @@ from ssm_lib.measures import nplr, transition
 from ssm_lib.metrics import fit_linear, nrmse, persistence
 from ssm_lib.models import (
     BatchStackedSSM2DModel,
+    BatchStackedSSM3DModel,
     BatchStackedSSMModel,
     IncrementModel,
     StackedSSM,
     StackedSSM2D,
+    StackedSSM3D,
 )
 from ssm_lib.plots import animate_rollout, plot_errors, plot_rollout
 from ssm_lib.projection import HiPPOCell, project_online, reconstruct

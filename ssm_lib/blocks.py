@@ -13,13 +13,14 @@ from typing import Any
 
 import flax.linen as nn
 
-from .checks import Choice, Flag, FloatType, Function, Maybe, Number, Size
+from .checks import Choice, Flag, FloatType, Function, Made, Maybe, Number, Size
 from .contract import Recurrent
 from .discretization import matched
+from .space import Space
 
 # %% ../nbs/30_blocks.ipynb #185d68a2
-ACTIVATIONS = ("full_glu", "half_glu1", "half_glu2", "gelu")
-NORMS = ("layer", "batch")
+ACTIVATIONS = ("full_glu", "half_glu1", "half_glu2", "gelu", "none")
+NORMS = ("layer", "batch", "none")
 
 
 class Gate(nn.Module):
@@ -43,6 +44,8 @@ class Gate(nn.Module):
     @nn.compact
     def __call__(self, z, axis):
         drop = nn.Dropout(self.dropout, broadcast_dims=(axis,), deterministic=not self.training)
+        if self.activation == "none":
+            return drop(z)
         a = drop(nn.gelu(z))
         if self.activation == "gelu":
             return a
@@ -53,25 +56,26 @@ class Gate(nn.Module):
 
 # %% ../nbs/30_blocks.ipynb #5ef1577f
 class SequenceLayer(Recurrent):
-    """Norm, state-space layer, gate and residual: x (…, L, d_model) → (…, L, d_model).
+    """Norm, space, state-space layer, gate and residual: x (…, L, d_model) → (…, L, d_model).
 
     Parameters
     ----------
-    ssm : factory of the layer, called with `d_model`, e.g. `partial(S5SSM, d_hidden=64)` or a function
+    ssm : factory of the layer, called with `d_model`, e.g. `partial(S5SSM, d_hidden=64)` or a function; None: no memory
     d_model : number of features
     dropout : share of features switched off in training
-    norm : "layer", or "batch" (statistics over everything but features)
+    norm : "layer", "batch" (statistics over everything but features) or "none"
     training : dropout and batch statistics on; off for inference
-    activation : one of "full_glu", "half_glu1", "half_glu2", "gelu"
+    activation : one of "full_glu", "half_glu1", "half_glu2", "gelu", "none"
     prenorm : norm before the layer; after the residual if False
     axis_name : name of a vmapped axis, if there is one, that batch statistics are shared over
     dtype : of norm and gate, e.g. jnp.bfloat16, as in Flax's layers; the layer has one of its own
+    space : how the places of a frame meet before the layer, with its sizes (`Space.at`); None: they do not
 
     Around an initial-condition layer (`n_steps`), the residual too sees only frame 0: the block acts on
     the impulse [x_0, 0, 0, …].
     """
 
-    ssm: Callable
+    ssm: Callable | None
     d_model: int
     dropout: float = 0.0
     norm: str = "layer"
@@ -80,31 +84,39 @@ class SequenceLayer(Recurrent):
     prenorm: bool = True
     axis_name: str | None = None
     dtype: Any = None
+    space: Space | None = None
 
     kinds = {
-        "ssm": Function("partial(S5SSM, d_hidden=64)"), "d_model": Size(), "dropout": Number(0, below=1),
+        "ssm": Maybe(Function("partial(S5SSM, d_hidden=64)")), "d_model": Size(), "dropout": Number(0, below=1),
         "norm": Choice(NORMS), "activation": Choice(ACTIVATIONS), "training": Flag(), "prenorm": Flag(),
-        "dtype": Maybe(FloatType()),
+        "dtype": Maybe(FloatType()), "space": Maybe(Made(Space, "Conv(3)")),
     }
     frame = property(lambda self: (self.d_model,))
-    response_steps = property(lambda self: self.seq.response_steps)
+    response_steps = property(lambda self: self.seq and self.seq.response_steps)
 
     @property
     def whole_only(self):
         if self.norm == "batch" and self.training:
             return "norm='batch' with training=True needs the whole sequence for its statistics. Use training=False."
-        return self.seq.whole_only
+        return self.seq.whole_only if self.seq else ""
 
     def setup(self):
-        self.seq = self.ssm(d_model=self.d_model)
+        within = self.space.out(self.d_model) if self.space else self.d_model
+        self.seq = self.ssm(d_model=within) if self.ssm else None
         share = dict(use_running_average=not self.training, axis_name=self.axis_name)
-        norm = nn.LayerNorm if self.norm == "layer" else partial(nn.BatchNorm, **share)
-        self.normalize = norm(dtype=self.dtype)
-        self.gate = Gate(self.activation, self.d_model, self.dropout, self.training, self.dtype)
+        norms = {"layer": nn.LayerNorm, "batch": partial(nn.BatchNorm, **share), "none": lambda dtype: lambda x: x}
+        self.normalize = norms[self.norm](dtype=self.dtype)
+        self.gate = Gate(self.activation, within, self.dropout, self.training, self.dtype)
 
     def stretch(self, x, carry, times):
         x = times.see(x)
         z = (self.normalize(x) if self.prenorm else x).astype(x.dtype)
-        carry, z = self.seq.stretch(z, carry, times)
-        y = x + self.gate(z, times.axis).astype(x.dtype)
+        z = self.space.mix(z).astype(x.dtype) if self.space else z
+        carry, z = self.seq.stretch(z, carry, times) if self.seq else ((), z)
+        z = self.gate(z, times.axis)
+        z = self.space.settle(z) if self.space else z
+        if z.shape != x.shape:
+            made = f"{z.shape[-1]} features of {x.shape[-1]}"
+            raise ValueError(f"space makes {made}; expected as many as it got. See space.Around.")
+        y = x + z.astype(x.dtype)
         return carry, (y if self.prenorm else self.normalize(y)).astype(x.dtype)

@@ -20,8 +20,8 @@ import pytest
 from sweep import KEY, LAYERS, noise
 
 import ssm_lib
-from ssm_lib import S5SSM, BatchStackedSSMModel, IncrementModel, SequenceLayer, save_checkpoint
-from ssm_lib.checks import Array, Choice, FilePath, Flag, FloatType, Function, Maybe, Number, Size
+from ssm_lib import S5SSM, BatchStackedSSMModel, IncrementModel, SequenceLayer, save_checkpoint, space
+from ssm_lib.checks import Array, Choice, Each, FilePath, Flag, FloatType, Function, Made, Maybe, Number, Size
 from ssm_lib.data import Normalizer
 
 MODULES = {m.name: importlib.import_module(f"ssm_lib.{m.name}") for m in pkgutil.iter_modules(ssm_lib.__path__) if m.name[0] != "_"}
@@ -41,7 +41,8 @@ save_checkpoint(FOLDER / "x.msgpack", variables)
 
 VALID = {
     "blocks.SequenceLayer": dict(
-        ssm=layer, d_model=H, dropout=0.1, norm="layer", activation="gelu", training=False, prenorm=True, dtype=jnp.bfloat16
+        ssm=layer, d_model=H, dropout=0.1, norm="layer", activation="gelu", training=False, prenorm=True, dtype=jnp.bfloat16,
+        space=space.Conv().at((4,), H),
     ),
     "checks.check_even": dict(size=2),
     "contract.inference": dict(module=model),
@@ -124,6 +125,25 @@ VALID = {
     "scan.impulse": dict(x=r(1, P), L=L, reverse=False),
     "scan.linear_scan": dict(Lambda_bar=poles, Bu=z(L, P), x0=z(P), reverse=True, axis=-2, backend="sequential"),
     "scan.scan_in_segments": dict(f=lambda c, x: (c, x), state=r(P), xs=r(L, P), size=2, axis=0, reverse=True),
+    "space.Around": dict(parts=(space.Conv(), space.Conv())),
+    "space.Chain": dict(parts=(space.Conv(),)),
+    "space.Conv": dict(kernel=(3, 1), features=4, depthwise=False, dilation=2, boundary="zero"),
+    "space.Dense": {},
+    "space.Map": dict(function=jnp.sin),
+    "space.Scan": dict(modes=2, axes=(0, 1), boundary=("zero", "zero"), ssm=layer, native=(8, 8)),
+    "space.Separable": dict(rank=2),
+    "space.Space": {},
+    "space.Spectral": dict(modes=(2, 3), features=4, boundary="reflect"),
+    "space.Sum": dict(parts=[space.Space(), space.Conv()]),
+    "space.convolve": dict(h=r(5, 4, 2), kernel=r(3, 3, 2, 1), boundary="reflect", dilation=(2, 1)),
+    "space.extend": dict(h=r(5, 2), axis=0, n=2, boundary="zero"),
+    "space.leading_patterns": dict(frames=noise(9, 4, 1), n=2, targets=noise(9, 4, 1)),
+    "space.map_waves": dict(h=r(5, 2), W=z(3, 2, 1), boundary="periodic"),
+    "space.scan_axis": dict(
+        h=r(5, H), axis=-2, Lambda=z(2, H) / 2, C_right=z(2, H), C_left=z(2, H), boundary="zero", native=5
+    ),
+    "space.symbol": dict(Lambda=z(2, H) / 2, C_right=z(2, H), C_left=z(2, H), omega=r(3)),
+    "space.waves": dict(N=5, m=2, boundary="periodic", half=True),
     "system.feed_through": dict(D=r(H), u=r(L, H)),
     "system.project": dict(B=z(P, H), u=r(L, H), dtype=jnp.bfloat16),
     "system.read_out": dict(C=z(H, P), x=z(L, P), dtype=jnp.bfloat16),
@@ -143,21 +163,26 @@ VALID = {
     "training.rollout_loss": dict(model=model, variables=variables, x=frames, key=KEY, scale=1.0, history=2),
 }
 for name in ("StackedSSM", "BatchStackedSSMModel"):
-    VALID[f"models.{name}"] = VALID["blocks.SequenceLayer"] | dict(d_model=4, d_vars=1, n_layers=1, n_steps=3, ssm_first_layer=layer)
+    VALID[f"models.{name}"] = VALID["blocks.SequenceLayer"] | dict(
+        d_model=4, d_vars=1, n_layers=1, n_steps=3, ssm_first_layer=layer, space=space.Conv(), width=4
+    )
 for name in ("StackedSSM2D", "BatchStackedSSM2DModel"):
     VALID[f"models.{name}"] = VALID["models.StackedSSM"] | dict(d_model=(4, 4))
+for name in ("StackedSSM3D", "BatchStackedSSM3DModel"):
+    VALID[f"models.{name}"] = VALID["models.StackedSSM"] | dict(d_model=(4, 4, 4))
 
 NO_DOOR = {  # public names that take nothing which could be wrong without a word, and why
     "made by the library, for the library": (
-        "blocks.Gate", "contract.Recurrent", "contract.SSMLayer", "models.DenseMixing", "run.run", "run.segment_steps", "run.whole",
+        "blocks.Gate", "contract.Recurrent", "contract.SSMLayer", "run.run", "run.segment_steps", "run.whole",
         "s4.DPLRSystem", "scan.binary_operator", "scan.varying_as", "scan.without_axis", "system.Diagonal", "system.DiagonalBank",
         "system.DiagonalSystem", "system.System", "system.Times", "system.times_of", "training.train_step",
         "hippo.DPLRForm", "metrics.LinearForecast", "data.Normalizer", "discretization.common_dtype", "discretization.matched",
         "discretization.scaled",
     ),
     "the doors themselves": (
-        "checks.Array", "checks.Choice", "checks.FilePath", "checks.Flag", "checks.FloatType", "checks.Function", "checks.Maybe",
-        "checks.Number", "checks.Size", "checks.check_choice", "checks.check_divides", "checks.check_fields",
+        "checks.Array", "checks.Choice", "checks.Each", "checks.FilePath", "checks.Flag", "checks.FloatType", "checks.Function",
+        "checks.Made", "checks.Maybe", "checks.Number", "checks.Size", "checks.check_choice", "checks.check_divides",
+        "checks.check_fields", "checks.per_axis",
         "checks.check_length", "checks.check_steps", "checks.concrete", "checks.known", "checks.shown", "checks.takes",
         "rollout.check_model",
     ),
@@ -178,6 +203,10 @@ def wrong(kind):
     "What is wrong for a kind."
     if isinstance(kind, Maybe):
         return [value for value in wrong(kind.kind) if value is not None]
+    if isinstance(kind, Each):
+        return [value for value in wrong(kind.kind) if not isinstance(value, list)]
+    if isinstance(kind, Made):
+        return ["Conv", space.Conv, 3, layer]
     if isinstance(kind, Size):
         return [None, *(SIZES[1:] if kind.low is None else SIZES), *([0] if kind.low == 1 else [])]
     if isinstance(kind, Number):
@@ -214,6 +243,7 @@ OTHERS = {  # what is wrong for arguments that are of no kind
     "mean": [None, (1.0, 2.0), (NAN,), "m"], "std": [None, (0.0,), (-1.0,), (NAN,), (1.0, 2.0)], "increment_std": [None, (0.0,), (NAN,)],
     "features": [None, 0, "4"], "gate": [None, "no such"], "method": [None, "no such"], "dt": [0.0, -1.0, NAN, "1"],
     "model": [None, "LRU", layer, S5SSM], "out": [None, 3, np.zeros(3), np.zeros((2, 3, 5, 1))],
+    "parts": [None, (), "Conv", (1,), (space.Conv,)],
     "backend": [None, "no such"], "conj_sym": FLAGS, "dplr": FLAGS, "block_diagonal": FLAGS,
 }
 FREE = {  # looked at by Flax, JAX, optax or matplotlib
