@@ -28,6 +28,7 @@ from ssm_lib.models import (
     StackedSSM,
     StackedSSM2D,
     StackedSSM3D,
+    on_grid,
 )
 from ssm_lib.plots import animate_rollout, plot_errors, plot_rollout
 from ssm_lib.projection import HiPPOCell, project_online, reconstruct

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['StackedSSM', 'StackedSSM2D', 'StackedSSM3D', 'BatchStackedSSMModel', 'BatchStackedSSM2DModel',
-           'BatchStackedSSM3DModel', 'IncrementModel']
+           'BatchStackedSSM3DModel', 'IncrementModel', 'on_grid']
 
 # %% ../nbs/31_models.ipynb #0a7bc3da
 from collections.abc import Callable
@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from .blocks import SequenceLayer
-from .checks import Array, Function, Maybe, Size, shown
+from .checks import Array, Each, Function, Made, Maybe, Size, shown, takes
 from .contract import Recurrent
 from .discretization import matched
 from .space import Dense, Space
@@ -184,3 +184,16 @@ class IncrementModel(Recurrent):
         x, mean, std, scale = matched(x, *scales)
         carry, y = self.model.stretch((x - mean) / std, carry, times)
         return carry, x + scale * y
+
+# %% ../nbs/31_models.ipynb #a17e0004
+@takes(grid=Each(Size()))
+def on_grid(
+    model: Recurrent,  # a stacked model, or an `IncrementModel` of one
+    grid: int | tuple,  # another grid over the same domain
+) -> Recurrent:  # takes the variables of `model` as they are
+    "The model on another grid. Raises ValueError, with the reason, where its space belongs to its own."
+    if isinstance(model, IncrementModel):
+        return model.clone(model=on_grid(model.model, grid))
+    Made(StackedSSM, "BatchStackedSSMModel(…)")("model", model)
+    new = model.clone(d_model=tuple(grid) if isinstance(grid, list) else grid)
+    return new.clone(space=(model.space or Dense()).on(model.grid, new.grid))

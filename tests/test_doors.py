@@ -17,7 +17,7 @@ import matplotlib.figure
 import numpy as np
 import optax
 import pytest
-from sweep import KEY, LAYERS, noise
+from sweep import KEY, LAYERS, noise, quickly
 
 import ssm_lib
 from ssm_lib import S5SSM, BatchStackedSSMModel, IncrementModel, SequenceLayer, save_checkpoint, space
@@ -34,7 +34,8 @@ r = lambda *shape: np.linspace(0.1, 1, int(np.prod(shape)), dtype=np.float32).re
 layer = partial(S5SSM, d_hidden=8, blocks=1)
 model = BatchStackedSSMModel(layer, d_model=4, d_vars=1, n_layers=2, training=False)
 frames = r(2, 5, 4, 1)
-variables = jax.jit(model.init)(KEY, frames)
+with quickly():
+    variables = jax.jit(model.init)(KEY, frames)
 FOLDER = Path(tempfile.mkdtemp())
 np.save(FOLDER / "x.npy", frames)
 save_checkpoint(FOLDER / "x.msgpack", variables)
@@ -90,6 +91,7 @@ VALID = {
     "metrics.nrmse": dict(prediction=frames, truth=frames),
     "metrics.persistence": dict(history=frames, n_steps=2),
     "models.IncrementModel": dict(model=model, mean=(0.0,), std=(1.0,), increment_std=(1.0,)),
+    "models.on_grid": dict(model=model.clone(space=space.Conv(), width=4), grid=8),
     "plots.animate_rollout": dict(
         truth=frames[0], prediction=frames[0], path=FOLDER / "x.gif", fps=5, every=1, variable=0, start=0
     ),
@@ -243,7 +245,7 @@ OTHERS = {  # what is wrong for arguments that are of no kind
     "mean": [None, (1.0, 2.0), (NAN,), "m"], "std": [None, (0.0,), (-1.0,), (NAN,), (1.0, 2.0)], "increment_std": [None, (0.0,), (NAN,)],
     "features": [None, 0, "4"], "gate": [None, "no such"], "method": [None, "no such"], "dt": [0.0, -1.0, NAN, "1"],
     "model": [None, "LRU", layer, S5SSM], "out": [None, 3, np.zeros(3), np.zeros((2, 3, 5, 1))],
-    "parts": [None, (), "Conv", (1,), (space.Conv,)],
+    "grid": [None, 0, "8", 6], "parts": [None, (), "Conv", (1,), (space.Conv,)],
     "backend": [None, "no such"], "conj_sym": FLAGS, "dplr": FLAGS, "block_diagonal": FLAGS,
 }
 FREE = {  # looked at by Flax, JAX, optax or matplotlib
@@ -299,7 +301,8 @@ def test_wrong_calls_of_blocks_and_models_are_told():
 
 def wrong_calls(module, u, name="u"):
     "Inputs, dt, mask, reset and carries that are wrong, called, prefilled and stepped."
-    v = jax.jit(module.init)(KEY, u)
+    zeros = lambda f, *args: jax.tree.map(lambda p: np.zeros(p.shape, p.dtype), jax.eval_shape(f, *args))  # nothing is compiled
+    v = zeros(module.init, KEY, u)
     ones = np.ones((2, L), np.float32)
     inputs = [None, "u", u.astype(int), u + 1j, u > 0, u[..., None], u[0, 0, 0], [[1.0], [1.0, 2.0]]]
     said = {
@@ -307,7 +310,7 @@ def wrong_calls(module, u, name="u"):
         "mask": [1.0, ones, np.full((2, L), NAN), "no", ones[:, :3] > 0, ones[:1, :3] > 0, np.ones(3, bool)],
         "reset": [1.0, ones, "no", ones[:, :3] > 0, np.ones(3, bool)],
     }
-    carry = module.apply(v, 2, method="initial_carry")
+    carry = zeros(lambda v: module.apply(v, 2, method="initial_carry"), v)
     state = lambda f: jax.tree.map(f, carry)
     carries = [0.0, (), np.ones(1), state(lambda c: c[:1]), state(lambda c: c[..., :1]), state(lambda c: c[0]), "zero", [carry] * 3]
     call = lambda *args, **said: lambda: jax.eval_shape(lambda: module.apply(v, *args, **said))  # the door is all that runs
