@@ -103,6 +103,11 @@ VALID = {
     "projection.project_online": dict(f=r(L), measure="legt", N=N, method="zoh", dt=0.1, c0=r(N), last=True),
     "projection.reconstruct": dict(c=r(2, N), measure="legs", lag=r(3)),
     "projection.HiPPOCell": dict(features=4, N=N, measure="legt", gate="gru", method="zoh", dt=0.1),
+    "recipes.PointwisePoles": dict(d_model=4, dt_min=0.1, dt_max=1.0, n_steps=3),
+    "recipes.conv_s5": dict(d_model=(4, 4), d_vars=1, width=4, d_hidden=4, n_layers=2, kernel=(3, 1), boundary="zero"),
+    "recipes.conv_scan": dict(d_model=8, d_vars=1, width=4, n_layers=2, kernel=3, modes=2, boundary="reflect"),
+    "recipes.fno": dict(d_model=(4, 4), d_vars=1, width=4, n_layers=2, modes=(1, 2), boundary="reflect"),
+    "recipes.residual_conv": dict(d_model=(4, 4, 4), d_vars=1, width=4, n_layers=2, kernel=3, boundary="periodic"),
     "rollout.rollout": dict(
         model=model, variables=variables, history=frames, n_steps=3, return_carry=False, dt=1.0, teacher_forcing=1, segment=2
     ),

@@ -13,6 +13,7 @@ from ssm_lib import (
     BatchStackedSSM2DModel,
     BatchStackedSSM3DModel,
     BatchStackedSSMModel,
+    recipes,
     rollout,
     space,
 )
@@ -62,10 +63,26 @@ def made(model, B=2, T=6, seed=0):
     return jax.jit(model.init)(KEY, x[:1, :1]), x
 
 
+RECIPES = {
+    "conv_s5": recipes.conv_s5((6, 5), 2, width=4, d_hidden=3, n_layers=1),
+    "conv_scan": recipes.conv_scan((6, 5), 2, width=4, n_layers=1),
+    "fno": recipes.fno((6, 5), 2, width=4, n_layers=1, modes=1),
+    "residual_conv": recipes.residual_conv((6, 5), 2, width=4, n_layers=1),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes(name):
+    laws_of_time(RECIPES[name], 1e-5)
+
+
 @pytest.mark.parametrize("name, layer", PAIRS)
 def test_laws_of_time(name, layer):
+    laws_of_time(model_of(name, layer), 1e-5 if layer is None else LAYERS[layer][1])
+
+
+def laws_of_time(model, tolerance):
     "Whole = pieces = steps, where some places have gaps; no other sample counts; every parameter moves the output."
-    model = model_of(name, layer)
     v, x = made(model)
     mask = jnp.asarray(np.random.default_rng(1).random((2, 6, 6, 5)) < 0.8)
 
@@ -82,7 +99,6 @@ def test_laws_of_time(name, layer):
         tail = model.apply(v, x[:, 2:], carry, method="prefill", mask=mask[:, 2:])[1]
         return whole, grads, jnp.concatenate([head, tail], 1), steps
 
-    tolerance = 1e-5 if layer is None else LAYERS[layer][1]
     whole, grads, pieces, steps = ways(v, x)
     close(pieces, whole, tolerance)
     close(steps, whole, tolerance)
