@@ -12,13 +12,36 @@ from dataclasses import replace
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from .blocks import SequenceLayer
 from .checks import Array, Each, Function, Made, Maybe, Size, shown, takes
 from .contract import Recurrent
 from .discretization import matched
+from .scan import scan_in_segments, varying_as
 from .space import Dense, Space
+
+# %% ../nbs/31_models.ipynb #5e9e0001
+def _in_segments(model, x, carry, times):
+    "A stretch, `model.segment` frames at a time; its gradient keeps the carries between, and works out the rest again."
+    if model.whole_only:
+        raise ValueError(f"segment is {model.segment}; expected None: {model.whole_only}")
+    module, variables = model.unbind()
+    module, axis = module.clone(segment=None), times.axis
+    cut, dt = (times, None) if times.dt_varies else (replace(times, dt=None), times.dt)
+
+    def run(carry, part):
+        x, times = part
+        times = replace(times, keep="last", dt=times.dt if dt is None else dt)
+        return module.apply(variables, x, carry, times, method="stretch")
+
+    if carry is None:
+        first = jax.tree.map(lambda z: jax.lax.slice_in_dim(z, 0, 1, axis=axis), (x, cut))
+        carry = jax.eval_shape(lambda part: run(None, part)[0], first)
+        carry = jax.tree.map(lambda c: varying_as(x, jnp.zeros(c.shape, c.dtype)), carry)
+    carry, y = scan_in_segments(run, carry, (x, cut), model.segment, axis=axis)
+    return (None if times.keep == "none" else carry), y
 
 # %% ../nbs/31_models.ipynb #9bb96b6b
 class StackedSSM(Recurrent):
@@ -36,6 +59,7 @@ class StackedSSM(Recurrent):
     dtype : of space, norms and gates, e.g. jnp.bfloat16; layers have their own: `partial(S5SSM, dtype=…)`
     space : how the places of a frame meet, e.g. `space.Conv(3)`; None is `space.Dense()`, one state a frame
     width : features a place; of a whole frame in a dense space, W·C by default
+    segment : frames whose features exist at once: a long or large field costs memory for these alone; None is all
     """
 
     ssm: Callable | None
@@ -52,10 +76,12 @@ class StackedSSM(Recurrent):
     dtype: Any = None
     space: Space | None = None
     width: int | None = None
+    segment: int | None = None
 
     kinds = {
         **{name: kind for name, kind in SequenceLayer.kinds.items() if name != "d_model"},  # that is the grid here
         "d_vars": Size(), "n_layers": Size(), "n_steps": Maybe(Size()), "width": Maybe(Size()),
+        "segment": Maybe(Size()),
         "ssm_first_layer": Maybe(Function("partial(S5SSM, d_hidden=64, n_steps=100)")),
     }
     space_axes = ("W",)  # names of the axes of space, for messages
@@ -92,6 +118,8 @@ class StackedSSM(Recurrent):
         self.blocks = [SequenceLayer(ssm, self.mixing.width, space=sized(), **options) for ssm in factories]
 
     def stretch(self, x, carry, times):
+        if self.segment and not self.is_initializing() and times.keep != "all":
+            return _in_segments(self, x, carry, times)
         if times.dt is not None and self.ssm is self.ssm_first_layer is None:
             raise ValueError("dt is given, but ssm is None; expected none, as a model without memory has no clock.")
         h, times, carries = self.mixing.lift(times.see(x)), self.mixing.times(times), []

@@ -171,7 +171,7 @@ VALID = {
 }
 for name in ("StackedSSM", "BatchStackedSSMModel"):
     VALID[f"models.{name}"] = VALID["blocks.SequenceLayer"] | dict(
-        d_model=4, d_vars=1, n_layers=1, n_steps=3, ssm_first_layer=layer, space=space.Conv(), width=4
+        d_model=4, d_vars=1, n_layers=1, n_steps=3, ssm_first_layer=layer, space=space.Conv(), width=4, segment=2
     )
 for name in ("StackedSSM2D", "BatchStackedSSM2DModel"):
     VALID[f"models.{name}"] = VALID["models.StackedSSM"] | dict(d_model=(4, 4))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import serialization
+from sweep import quickly
 
 from ssm_lib import (
     DSS,
@@ -28,20 +29,35 @@ RNG = np.random.default_rng(0)
 W, C = 4, 2
 MODEL = BatchStackedSSMModel(partial(S5SSM, d_hidden=8, blocks=1), d_model=W, d_vars=C, n_layers=2, dropout=0.1)
 RECORD = jnp.asarray(RNG.normal(size=(2, 8, W, C)), jnp.float32)
-VARIABLES = jax.jit(lambda key: MODEL.clone(training=False).init(key, RECORD))(KEY)
+with quickly():
+    VARIABLES = jax.jit(lambda key: MODEL.clone(training=False).init(key, RECORD))(KEY)
 
 
-@jax.jit
-def one_ahead(variables, x, dt=None):
-    return MODEL.clone(training=False).apply(variables, x, dt=dt)[:, -1:]
+@partial(jax.jit, static_argnames=("method", "all_carries"))
+def apply(*args, **options):
+    return MODEL.clone(training=False).apply(*args, **options)
+
+
+@partial(jax.jit, static_argnums=2)
+@partial(jax.grad, argnums=(0, 1))
+def gradient(v, h, segment):
+    return jnp.mean(rollout(MODEL, v, h, 8, segment=segment) ** 2)
 
 
 def naive(history, n_steps, dt=None):
-    "The definition: the whole model again for every frame; dt None or a scalar."
-    seen = history
-    for _ in range(n_steps):
-        seen = jnp.concatenate([seen, one_ahead(VARIABLES, seen, dt)], 1)
-    return seen[:, history.shape[1] :]
+    """The definition: the whole model again for every frame; dt None, a scalar or (B, frames read).
+
+    On arrays of one length, to compile once: frames that are not yet there are zeros, and no output looks at them.
+    """
+    (B, T0), most = history.shape[:2], 20
+    seen = np.zeros((B, most, W, C), np.float32)
+    seen[:, :T0] = history
+    if dt is not None:
+        dt_read, dt = dt, np.ones((B, most), np.float32)
+        dt[:, : T0 + n_steps - 1] = dt_read
+    for k in range(T0, T0 + n_steps):
+        seen[:, k] = apply(VARIABLES, seen, dt=dt)[:, k - 1]
+    return seen[:, T0 : T0 + n_steps]
 
 
 def close(got, want, tolerance=2e-5):
@@ -58,9 +74,8 @@ def test_from_a_history(T0, n_steps):
 @pytest.mark.parametrize("k", (1, 3, 7))
 def test_from_any_moment(k):
     "The state before frame k, out of one prefill over the record, and frame k."
-    still = MODEL.clone(training=False)
-    carries, y = still.apply(VARIABLES, RECORD, None, method="prefill", all_carries=True)
-    close(y, still.apply(VARIABLES, RECORD))
+    carries, y = apply(VARIABLES, RECORD, None, method="prefill", all_carries=True)
+    close(y, apply(VARIABLES, RECORD))
     before = jax.tree.map(lambda c: c[:, k - 1], carries)
     close(rollout(MODEL, VARIABLES, RECORD[:, k : k + 1], 3, carry=before), rollout(MODEL, VARIABLES, RECORD[:, : k + 1], 3))
     stored = serialization.msgpack_restore(serialization.msgpack_serialize(serialization.to_state_dict(before)))
@@ -77,7 +92,7 @@ def test_going_on():
 def test_teacher_forcing(k):
     "Frames 0 … k from true frames, the others from predictions."
     forced = rollout(MODEL, VARIABLES, RECORD, 9, teacher_forcing=k)
-    truth = MODEL.clone(training=False).apply(VARIABLES, RECORD)[:, 7 - k :]
+    truth = apply(VARIABLES, RECORD)[:, 7 - k :]
     close(forced[:, : k + 1], truth)
     close(forced[:, k:], naive(RECORD, 9 - k))
 
@@ -89,10 +104,7 @@ def test_dt():
     each = rollout(MODEL, VARIABLES, RECORD[:, :3], 3, dt=dt)
     for b in range(2):
         close(each[b : b + 1], rollout(MODEL, VARIABLES, RECORD[b : b + 1, :3], 3, dt=dt[b]))
-    seen = RECORD[:1, :3]
-    for k in range(3):
-        seen = jnp.concatenate([seen, one_ahead(VARIABLES, seen, dt[0, : 3 + k])], 1)
-    close(each[:1], seen[:, 3:])
+    close(each, naive(RECORD[:, :3], 3, dt))
     streamed = np.concatenate(list(rollout_stream(MODEL, VARIABLES, RECORD[:, :3], 3, chunk=2, dt=dt)), 1)
     close(streamed, each)
 
@@ -106,15 +118,15 @@ def test_inside_jit_vmap_and_grad():
 
 @pytest.mark.parametrize("segment", (1, 3, 7, 100))
 def test_segments_do_not_change_the_gradient(segment):
-    loss = lambda v, h, segment: jnp.mean(rollout(MODEL, v, h, 8, segment=segment) ** 2)
-    grad = jax.jit(jax.grad(loss, (0, 1)), static_argnums=2)
-    jax.tree.map(partial(close, tolerance=1e-5), grad(VARIABLES, RECORD, segment), grad(VARIABLES, RECORD, None))
+    jax.tree.map(partial(close, tolerance=1e-5), gradient(VARIABLES, RECORD, segment), gradient(VARIABLES, RECORD, None))
 
 
 def test_memory_of_a_long_gradient():
     "1,000 steps in segments of 32 need a fifth of the memory, or less."
-    loss = lambda v, segment: jnp.mean(rollout(MODEL, v, RECORD[:, :1], 1000, segment=segment) ** 2)
-    needed = [jax.jit(jax.grad(loss), static_argnums=1).lower(VARIABLES, s).compile().memory_analysis() for s in (None, 32)]
+    model = MODEL.clone(n_layers=1, training=False)
+    loss = lambda v, segment: jnp.mean(rollout(model, v, RECORD[:, :1], 1000, segment=segment) ** 2)
+    shapes, program = jax.eval_shape(model.init, KEY, RECORD), jax.jit(jax.grad(loss), static_argnums=1)
+    needed = [program.lower(shapes, segment).compile().memory_analysis() for segment in (None, 32)]
     assert needed[1].temp_size_in_bytes < 0.2 * needed[0].temp_size_in_bytes
 
 
@@ -125,7 +137,7 @@ def test_gradient_of_a_start_state(ssm):
     with x64(True):
         model, x = BatchStackedSSMModel(ssm, d_model=W, d_vars=C, n_layers=1), RECORD[:, :2].astype(jnp.float64)
         v = jax.tree.map(lambda p: p.astype(jnp.float64), jax.jit(model.init)(KEY, RECORD[:, :2]))
-        carry = model.apply(v, x, method="prefill")[0]
+        carry = jax.jit(partial(model.apply, method="prefill"))(v, x)[0]
         loss = jax.jit(lambda c: jnp.sum(jnp.sin(rollout(model, v, x, 3, carry=c))))
         grad = jax.jit(jax.grad(loss))(carry)
         leaves, tree = jax.tree.flatten(carry)
@@ -138,13 +150,12 @@ def test_gradient_of_a_start_state(ssm):
 
 
 def test_a_carry_is_sharded_and_vmapped():
-    model = MODEL.clone(training=False)
-    carry, _ = model.apply(VARIABLES, RECORD, method="prefill")
+    carry, _ = apply(VARIABLES, RECORD, method="prefill")
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("batch",))
     placed = jax.device_put(carry, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("batch")))
     whole = rollout(MODEL, VARIABLES, RECORD[:, -1:], 3, carry=placed)
     one = jax.tree.map(lambda c: c[:, None], carry)
-    each = jax.vmap(lambda h, c: rollout(MODEL, VARIABLES, h[None], 3, carry=c)[0])(RECORD[:, -1:], one)
+    each = jax.jit(jax.vmap(lambda h, c: rollout(MODEL, VARIABLES, h[None], 3, carry=c)[0]))(RECORD[:, -1:], one)
     close(each, whole)
 
 

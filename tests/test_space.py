@@ -108,6 +108,26 @@ def laws_of_time(model, tolerance):
     np.testing.assert_array_equal(ways(v, hidden)[0][0], whole[0])
 
 
+def test_segments_of_a_model_change_nothing():
+    "Values, gradients, carries; with gaps, irregular time and new starts; the last segment is shorter."
+    whole, rng = RECIPES["conv_s5"], np.random.default_rng(0)
+    v, x = made(whole, T=7)
+    said = {"mask": jnp.asarray(rng.random((2, 7, 6, 5)) < 0.7), "reset": jnp.asarray(rng.random((2, 7)) < 0.2)}
+    said["dt"] = jnp.asarray(rng.uniform(0.5, 2, (2, 7)), jnp.float32)
+
+    @partial(jax.jit, static_argnums=0)
+    def ways(model, v, x):
+        loss = lambda v, x, **said: jnp.sum(jnp.sin(model.apply(v, x, **said)))
+        return jax.value_and_grad(loss, (0, 1))(v, x, **said), model.apply(v, x, method="prefill", dt=0.5)
+
+    got, want = (jax.tree.leaves(ways(model, v, x)) for model in (whole.clone(segment=3), whole))
+    for a, b in zip(got, want):
+        np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max())
+    with pytest.raises(ValueError, match="segment is 3"):
+        model = whole.clone(segment=3, norm="batch", training=True)
+        model.apply(jax.jit(model.init)(KEY, x), x, mutable=["batch_stats"])
+
+
 @pytest.mark.parametrize("name", ("conv_periodic", "scan_zero", "spectral"))
 def test_a_carry_is_a_field_and_rolls_out(name):
     model = model_of(name, n_layers=2)
