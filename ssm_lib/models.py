@@ -94,10 +94,7 @@ class StackedSSM(Recurrent):
     def response_steps(self):
         own = self.blocks[0].response_steps
         if None not in (own, self.n_steps) and own != self.n_steps:
-            raise ValueError(
-                f"n_steps is {self.n_steps}, but the first layer has n_steps = {own}; "
-                "expected one, or the same."
-            )
+            raise ValueError(f"n_steps is {self.n_steps}, but the first layer has n_steps = {own}; expected the same.")
         return self.n_steps if own is None else own
 
     def __post_init__(self):
