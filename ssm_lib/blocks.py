@@ -55,6 +55,14 @@ class Gate(nn.Module):
         return drop(math.prod(matched(value[self.activation](a), sigmoid)))
 
 # %% ../nbs/30_blocks.ipynb #5ef1577f
+def _of_shape(z, shape):
+    "z, that a space made; a ValueError unless it has the shape that a block goes on with."
+    if z.shape != shape:
+        more = "Keep all axes; say in `out` how many features `mix` makes, and see Around for the way back."
+        raise ValueError(f"space makes features {z.shape}; expected {shape}. {more}")
+    return z
+
+
 class SequenceLayer(Recurrent):
     """Norm, space, state-space layer, gate and residual: x (…, L, d_model) → (…, L, d_model).
 
@@ -69,7 +77,7 @@ class SequenceLayer(Recurrent):
     prenorm : norm before the layer; after the residual if False
     axis_name : name of a vmapped axis, if there is one, that batch statistics are shared over
     dtype : of norm and gate, e.g. jnp.bfloat16, as in Flax's layers; the layer has one of its own
-    space : how the places of a frame meet before the layer, with its sizes (`Space.at`); None: they do not
+    space : how the places of a frame meet before the layer, with its sizes, by its `at`; None: they do not
 
     Around an initial-condition layer (`n_steps`), the residual too sees only frame 0: the block acts on
     the impulse [x_0, 0, 0, …].
@@ -111,12 +119,9 @@ class SequenceLayer(Recurrent):
     def stretch(self, x, carry, times):
         x = times.see(x)
         z = (self.normalize(x) if self.prenorm else x).astype(x.dtype)
-        z = self.space.mix(z).astype(x.dtype) if self.space else z
+        z = _of_shape(self.space.mix(z), (*x.shape[:-1], self.gate.d_model)).astype(x.dtype) if self.space else z
         carry, z = self.seq.stretch(z, carry, times) if self.seq else ((), z)
         z = self.gate(z, times.axis)
-        z = self.space.settle(z) if self.space else z
-        if z.shape != x.shape:
-            made = f"{z.shape[-1]} features of {x.shape[-1]}"
-            raise ValueError(f"space makes {made}; expected as many as it got. See space.Around.")
+        z = _of_shape(self.space.settle(z), x.shape) if self.space else z
         y = x + z.astype(x.dtype)
         return carry, (y if self.prenorm else self.normalize(y)).astype(x.dtype)

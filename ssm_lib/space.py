@@ -390,7 +390,7 @@ POLES = {name: Array("(P, C)", "numbers") for name in ("Lambda", "C_right", "C_l
 def symbol(
     Lambda: jax.Array,  # (P, C) poles of each feature, inside the unit circle
     C_right: jax.Array,  # (P, C) how they are read, of what lies at n and before it
-    C_left: jax.Array,  # (P, C) and behind it
+    C_left: jax.Array,  # (P, C) and of what lies after it
     omega,  # (K,) angles from place to place
 ) -> jax.Array:  # (K, C) complex
     "What a scan both ways does to the wave exp(iωn)."
