@@ -62,7 +62,7 @@ def _of_shape(z, shape):
         raise ValueError(f"space makes features {z.shape}; expected {shape}. {more}")
     return z
 
-
+# %% ../nbs/30_blocks.ipynb #5a0e0030
 class SequenceLayer(Recurrent):
     """Norm, space, state-space layer, gate and residual: x (…, L, d_model) → (…, L, d_model).
 
@@ -109,6 +109,8 @@ class SequenceLayer(Recurrent):
         return self.seq.whole_only if self.seq else ""
 
     def setup(self):
+        if self.space and not self.space.grid:
+            raise ValueError("space has no grid; expected its sizes, e.g. Conv(3).at((64, 64), d_model).")
         within = self.space.out(self.d_model) if self.space else self.d_model
         self.seq = self.ssm(d_model=within) if self.ssm else None
         share = dict(use_running_average=not self.training, axis_name=self.axis_name)

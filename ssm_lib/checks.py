@@ -99,7 +99,7 @@ class FilePath:
             raise ValueError(f"{name} is {shown(value)}; expected the path of a file.")
         return value
 
-
+# %% ../nbs/00_checks.ipynb #5a0e0040
 @dataclass(frozen=True)
 class Function:
     "What can be called; a module that is made already is not what makes one."

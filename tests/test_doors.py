@@ -181,7 +181,8 @@ for name in ("StackedSSM3D", "BatchStackedSSM3DModel"):
 NO_DOOR = {  # public names that take nothing which could be wrong without a word, and why
     "made by the library, for the library": (
         "blocks.Gate", "contract.Recurrent", "contract.SSMLayer", "run.run", "run.segment_steps", "run.whole",
-        "s4.DPLRSystem", "scan.binary_operator", "scan.varying_as", "scan.without_axis", "system.Diagonal", "system.DiagonalBank",
+        "s4.DPLRSystem", "space.along", "system.product",
+        "scan.binary_operator", "scan.varying_as", "scan.without_axis", "system.Diagonal", "system.DiagonalBank",
         "system.DiagonalSystem", "system.System", "system.Times", "system.times_of", "training.train_step",
         "hippo.DPLRForm", "metrics.LinearForecast", "data.Normalizer", "discretization.common_dtype", "discretization.matched",
         "discretization.scaled",
