@@ -338,7 +338,7 @@ def map_waves(
 
 # %% ../nbs/29_space.ipynb #92ad49c4
 class Spectral(Space):
-    """The lowest waves of a field, each by a matrix of its own.
+    """The lowest waves of a field, each by a matrix of its own; in float32 at least, whatever `dtype` is.
 
     Parameters
     ----------
@@ -433,7 +433,7 @@ def scan_axis(
 
 # %% ../nbs/29_space.ipynb #96ad0212
 class Scan(Space):
-    """Poles along the axes, both ways, one axis after the other; feature by feature.
+    """Poles along the axes, both ways, one after the other, feature by feature; in float32 at least.
 
     Parameters
     ----------
