@@ -221,4 +221,6 @@ def on_grid(
         return model.clone(model=on_grid(model.model, grid))
     Made(StackedSSM, "BatchStackedSSMModel(…)")("model", model)
     new = model.clone(d_model=tuple(grid) if isinstance(grid, list) else grid)
+    if new.grid == model.grid:
+        return model
     return new.clone(space=(model.space or Dense()).on(model.grid, new.grid))

@@ -14,6 +14,7 @@ from ssm_lib import (
     BatchStackedSSM3DModel,
     BatchStackedSSMModel,
     SequenceLayer,
+    on_grid,
     recipes,
     rollout,
     space,
@@ -74,7 +75,9 @@ RECIPES = {
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes(name):
-    laws_of_time(RECIPES[name], 1e-5)
+    model = RECIPES[name]
+    assert on_grid(model, (6, 5)) is model and on_grid(model, (12, 10)).grid == (12, 10)
+    laws_of_time(model, 1e-5)
 
 
 @pytest.mark.parametrize("name, layer", PAIRS)
@@ -185,6 +188,19 @@ def test_mirrors(name):
     both = jnp.concatenate([h, jnp.flip(h, 1)], 1)
     both = jnp.concatenate([both, jnp.flip(both, 2)], 2)
     close(jax.jit(partial(ring.apply, method="mix"))(v, both)[:, :6, :5], mix(v, h))
+
+
+@pytest.mark.parametrize("name", COMMUTES)
+def test_a_finer_grid_of_the_same_domain(name):
+    "Waves that both grids carry are answered alike where both have a place."
+    _, v, h = mixed(name, (12, 10))
+    numbers = np.fft.fftfreq(12, 1 / 12)[:, None], np.fft.fftfreq(10, 1 / 10)
+    low = ((np.abs(numbers[0]) < 3) & (np.abs(numbers[1]) < 2.5))[..., None]
+    h = jnp.asarray(np.fft.ifft2(np.fft.fft2(h, axes=(1, 2)) * low, axes=(1, 2)).real, jnp.float32)
+    coarse = SPACES[name].at((6, 5), 4, d_vars=1)
+    fine = coarse.on((6, 5), (12, 10)).at((12, 10), 4, d_vars=1)
+    apply = lambda sized: jax.jit(partial(sized.apply, method="mix"))
+    close(apply(fine)(v, h)[:, ::2, ::2], apply(coarse)(v, h[:, ::2, ::2]))
 
 
 @pytest.mark.parametrize("name", NO_GRID)
