@@ -49,8 +49,9 @@ test-oldest:  ## run the notebooks and the tests on the lower bounds of settings
 	.venv-oldest/bin/nbdev_test
 	.venv-oldest/bin/pytest -n auto --ignore=tests/test_guards.py
 
-bench: install  ## measure speed and memory; tables in benchmarks/results/
+bench: install $(VENV)/.installed-bench  ## measure speed and memory; tables in benchmarks/results/
 	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python benchmarks/space_cost.py
 
 lint: install  ## check the style of notebooks and scripts
 	$(BIN)/ruff check nbs tests tools setup.py $(wildcard benchmarks)

@@ -2,13 +2,13 @@
 
     python benchmarks/spaces.py               # all of it, hours on two cores; stop it at any time, run it again to go on
     python benchmarks/spaces.py --quick       # a few updates of each, a minute: that everything runs
-    python benchmarks/spaces.py --cases ks_1d --spaces residual_conv fno --seeds 1
+    python benchmarks/spaces.py --cases ks_1d --spaces conv spectral --seeds 1
 
 Frames of a periodic PDE are made by exponax on twice the points, in the difficulties of APEBench (Koehler et al. 2024), and
 seen on every second one. Each net predicts u + s·f(u) with s the deviation of one-step differences, is trained one step ahead
 and rolled out for 100 frames from a single one. The score is the geometric mean over these of the mean relative error. What was
 trained on N points then runs on 2N and on N/2 where `on_grid` lets it, against the same truth. Every finished run is written
-to `spaces.json` at once, so that nothing is lost; `spaces.md` holds the tables.
+to `spaces_<case>.json` at once, so that nothing is lost and cases can run beside each other; `spaces.md` holds the tables.
 """
 import argparse
 import json
@@ -26,10 +26,10 @@ import optax
 
 from ssm_lib import IncrementModel, fit, fit_normalizer, next_frame_loss, nrmse, on_grid, rollout, window_batches
 from ssm_lib.recipes import BATCH_MODELS, conv_s5, conv_scan, fno, residual_conv
-from ssm_lib.space import Around, Chain, Conv, Scan, Separable, Space, Sum
+from ssm_lib.space import Around, Chain, Conv, Mean, Scan, Separable, Space, Sum
 
 BUDGET, LEADS = 33_000, 100
-RESULTS = Path(__file__).parent / "results" / "spaces.json"
+RESULTS = Path(__file__).parent / "results"
 
 
 class Case(NamedTuple):
@@ -48,10 +48,10 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "ks_1d": Case("Kuramoto–Sivashinsky", 1, 160, (0, 0, -1.2, 0, -15), (0, 0, -6), 500, 3000, 20, 2e-3, 5),
-    "kdv_1d": Case("Korteweg–de Vries", 1, 160, (0, 0, 0, -14, -9), (0, -2, 0), 0, 3000, 20, 2e-3, 5),
-    "burgers_1d": Case("Burgers", 1, 160, (0, 0, 1.5, 0, 0), (0, -1.5, 0), 0, 3000, 20, 2e-3, 5),
-    "ks_2d": Case("Kuramoto–Sivashinsky, 2D", 2, 32, (0, 0, -1.2, 0, -15), (0, 0, -6), 500, 2500, 10, 1e-3, 3),
+    "ks_1d": Case("Kuramoto–Sivashinsky", 1, 160, (0, 0, -1.2, 0, -15), (0, 0, -6), 500, 2000, 20, 2e-3, 5),
+    "kdv_1d": Case("Korteweg–de Vries", 1, 160, (0, 0, 0, -14, -9), (0, -2, 0), 0, 2000, 20, 2e-3, 5),
+    "burgers_1d": Case("Burgers", 1, 160, (0, 0, 1.5, 0, 0), (0, -1.5, 0), 0, 2000, 20, 2e-3, 5),
+    "ks_2d": Case("Kuramoto–Sivashinsky, 2D", 2, 32, (0, 0, -1.2, 0, -15), (0, 0, -6), 500, 1500, 10, 2e-3, 3),
 }
 
 
@@ -86,16 +86,17 @@ def nets(grid):
     line = len(grid) == 1
     pointwise = partial(Conv, 1)
     scans = Around((Chain((pointwise(), Sum((Space(), Scan(4))))), pointwise()))
-    scans_and_depthwise = Around((Chain((Conv(3, depthwise=True), Sum((Space(), Scan(2))), pointwise())), pointwise()))
+    means = Around((Chain((Conv(3), Sum((Space(), Mean())))), Conv(3)))
     return {
-        "residual_conv": residual_conv(grid, 1, width=30 if line else 17),
-        "conv_scan": conv_scan(grid, 1, width=29 if line else 16),
-        "scan + depthwise conv": stack(grid, scans_and_depthwise, 47 if line else 44, 6),
+        "conv": residual_conv(grid, 1, width=30 if line else 16, n_layers=6 if line else 7),
+        "conv + mean": stack(grid, means, 27 if line else 16, 6),
+        "conv + scan": conv_scan(grid, 1, width=29 if line else 16),
+        "conv + scan + mean": conv_scan(grid, 1, width=26 if line else 16, mean=True),
         "scan": stack(grid, scans, 46 if line else 41, 6),
-        "fno": fno(grid, 1, width=17 if line else 7, n_layers=4 if line else 5, modes=12 if line else 5),
+        "spectral": fno(grid, 1, width=17 if line else 7, n_layers=4 if line else 5, modes=12 if line else 5),
         "separable": stack(grid, Separable(16 if line else None), 26 if line else 56, 5 if line else 6),
         "dense": stack(grid, None, 63 if line else 14, 3, "half_glu1"),
-        "conv_s5": conv_s5(grid, 1, width=26 if line else 15, d_hidden=25 if line else 15, boundary="periodic"),
+        "conv, S5 in time": conv_s5(grid, 1, width=26 if line else 16, d_hidden=25 if line else 13, boundary="periodic"),
     }
 
 
@@ -132,39 +133,33 @@ def one_run(case, net, train, test, seed, updates):
     return told
 
 
-def run(cases, spaces, seeds, updates, out):
-    done = json.loads(out.read_text()) if out.exists() else {"runs": {}}
-    done["versions"] = {name: version(name) for name in ("jax", "flax", "exponax")}
-    plan = [(name, seed) for seed in range(max(CASES[c].seeds for c in cases)) for name in cases]
-    for name, seed in plan:
-        case = CASES[name]
-        if seed >= min(seeds or case.seeds, case.seeds):
-            continue
-        train, test = trajectories(case, 50, 51, seed=0), trajectories(case, 30, LEADS + 1, seed=773)
+def run(case, spaces, seeds, updates, file):
+    "All runs of a case that the file does not hold yet, seed after seed."
+    done = json.loads(file.read_text()) if file.exists() else {}
+    train, test = trajectories(case, 50, 51, seed=0), trajectories(case, 30, LEADS + 1, seed=773)
+    for seed in range(seeds):
         for kind, net in nets((case.points,) * case.axes).items():
-            key = f"{name} | {kind} | {seed}"
-            if (spaces and kind not in spaces) or key in done["runs"]:
+            runs = done.setdefault(kind, {})
+            if (spaces and kind not in spaces) or str(seed) in runs:
                 continue
             shapes = jax.eval_shape(net.init, jax.random.PRNGKey(0), np.zeros((1, 2, *net.frame), np.float32))
             parameters = sum(math.prod(p.shape) for p in jax.tree.leaves(shapes["params"]))
             if not 0.85 * BUDGET < parameters <= BUDGET:
                 raise ValueError(f"{kind} has {parameters} parameters on {net.grid}; expected {BUDGET} or a little less.")
-            result = one_run(case, net, coarser(train, 2), test, seed, updates or case.updates)
-            done["runs"][key] = {"parameters": parameters, "updates": updates or case.updates, **result}
-            partial_file = out.with_suffix(".partial")
+            result = one_run(case, net, coarser(train, 2), test, seed, updates)
+            versions = {name: version(name) for name in ("jax", "flax", "exponax")}
+            runs[str(seed)] = {"parameters": parameters, "updates": updates, **result, **versions}
+            partial_file = file.with_suffix(".partial")
             partial_file.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
-            partial_file.replace(out)
-            print(f"{key}: {parameters} parameters, {result['seconds']:.0f} s, {result['N']}", flush=True)
-    return done
+            partial_file.replace(file)
+            print(f"{case.title}, {kind}, seed {seed}: {result['seconds']:.0f} s, {result['N']}", flush=True)
 
 
-def gathered(done):
-    "case → space → runs in order of their seeds."
-    found = {}
-    for key, result in done["runs"].items():
-        case, kind, seed = key.split(" | ")
-        found.setdefault(case, {}).setdefault(kind, []).append((int(seed), result))
-    return {case: {kind: [r for _, r in sorted(rs, key=lambda z: z[0])] for kind, rs in kinds.items()} for case, kinds in found.items()}
+def gathered(folder):
+    "case → contender → its runs, in order of their seeds, from the files of a folder."
+    files = {name: folder / f"spaces_{name}.json" for name in CASES}
+    read = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+    return {name: {kind: [runs[s] for s in sorted(runs, key=int)] for kind, runs in kinds.items()} for name, kinds in read.items()}
 
 
 def spread(values):
@@ -175,10 +170,10 @@ def spread(values):
     return f"{digits(np.median(values))} [{digits(min(values))}, {digits(max(values))}]"
 
 
-def tables(done):
-    "Markdown by name: the comparison, and the resolutions."
-    found, rows, finer = gathered(done), [], []
-    head = ["space", *[f"{CASES[c].title} ({CASES[c].axes}D)" if CASES[c].axes == 1 else CASES[c].title for c in found]]
+def tables(found):
+    "Markdown by name, of what `gathered` gives: the comparison, and the resolutions."
+    rows, finer = [], []
+    head = ["space", *[f"{CASES[c].title}, {len(next(iter(found[c].values())))} seeds" for c in found]]
     kinds = list(dict.fromkeys(kind for case in found.values() for kind in case))
     for kind in kinds:
         row, more = [kind], [kind]
@@ -199,18 +194,21 @@ def main():
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--spaces", nargs="+", help="some of the contenders, by name")
     parser.add_argument("--seeds", type=int, help="at most so many")
-    parser.add_argument("--updates", type=int, help="instead of those of each case; written only to an --out")
+    parser.add_argument("--updates", type=int, help="instead of those of each case; then written to runs/spaces, if not to an --out")
     parser.add_argument("--quick", action="store_true", help="ten updates, one seed")
-    parser.add_argument("--out", type=Path, help="JSON file of the results")
+    parser.add_argument("--out", type=Path, help="folder of the results")
     args = parser.parse_args()
-    seeds, updates = (1, 10) if args.quick else (args.seeds, args.updates)
-    out = args.out or (RESULTS if updates is None else Path("runs/spaces_quick.json"))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    done = run(args.cases, args.spaces, seeds, updates, out)
-    made = tables(done)
+    folder = args.out or (RESULTS if not (args.quick or args.updates) else Path("runs/spaces"))
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in args.cases:
+        case = CASES[name]
+        seeds = 1 if args.quick else min(args.seeds or case.seeds, case.seeds)
+        updates = 10 if args.quick else args.updates or case.updates
+        run(case, args.spaces, seeds, updates, folder / f"spaces_{name}.json")
+    made = tables(gathered(folder))
     print("\n\n".join(made.values()))
     text = f"# Spaces compared\n\n{made['comparison']}\n\n## N/2, N and 2N points\n\n{made['resolution']}\n"
-    out.with_suffix(".md").write_text(text, encoding="utf-8")
+    (folder / "spaces.md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -38,8 +38,11 @@ def check_trajectories(
 
 # %% ../nbs/42_data.ipynb #afbd11dc
 PDES = {
-    "kuramoto_sivashinsky": {"n_points": 64, "domain_extent": 22.0, "dt": 0.25, "warmup": 200},
-    "burgers": {"n_points": 64, "domain_extent": 2 * math.pi, "dt": 0.02, "warmup": 0},
+    "kuramoto_sivashinsky": {"n_dims": 1, "n_points": 64, "domain_extent": 22.0, "dt": 0.25, "warmup": 200},
+    "burgers": {"n_dims": 1, "n_points": 64, "domain_extent": 2 * math.pi, "dt": 0.02, "warmup": 0},
+    "kolmogorov_flow": {
+        "n_dims": 2, "n_points": 64, "domain_extent": 2 * math.pi, "dt": 0.1, "warmup": 200, "diffusivity": 0.01,
+    },
 }  # what `pde_trajectories` knows, and the settings it starts from
 
 # %% ../nbs/42_data.ipynb #b2ef34cb
@@ -54,7 +57,11 @@ def _stepper(pde: str, n_dims: int, n_points: int, domain_extent: float, dt: flo
         ("kuramoto_sivashinsky", 2): ex.stepper.KuramotoSivashinsky,
         ("burgers", 1): ex.stepper.Burgers,
         ("burgers", 2): ex.stepper.Burgers,
+        ("kolmogorov_flow", 2): ex.stepper.KolmogorovFlowVorticity,
     }
+    if (pde, n_dims) not in kinds:
+        dims = " or ".join(str(n) for name, n in kinds if name == pde)
+        raise ValueError(f"n_dims is {n_dims} with {pde}; expected {dims}.")
     inner = kinds[pde, n_dims](n_dims, domain_extent, n_points, dt / substeps, **coefficients)
     return ex.RepeatedStepper(inner, substeps)
 
@@ -78,16 +85,16 @@ def _solve(stepper, n_trajectories: int, n_frames: int, warmup: int, cutoff: int
 
 # %% ../nbs/42_data.ipynb #068677a6
 @takes(
-    pde=Choice(tuple(PDES)), n_trajectories=Size(), n_frames=Size(), n_dims=Size(), n_points=Maybe(Size(4)),
+    pde=Choice(tuple(PDES)), n_trajectories=Size(), n_frames=Size(), n_dims=Maybe(Size()), n_points=Maybe(Size(4)),
     domain_extent=Maybe(_POSITIVE), dt=Maybe(_POSITIVE), substeps=Size(), warmup=Maybe(Size(0)),
     cutoff=Size(0), seed=Size(0),
 )
 def pde_trajectories(
-    pde: str,  # "kuramoto_sivashinsky" or "burgers"
+    pde: str,  # "kuramoto_sivashinsky", "burgers", or "kolmogorov_flow": forced 2D turbulence, as vorticity
     n_trajectories: int,  # N, independent random initial states
     n_frames: int,  # T, frames kept of each
     *,
-    n_dims: int = 1,  # 1 for a line, 2 for a square grid
+    n_dims: int | None = None,  # 1 for a line, 2 for a square grid
     n_points: int | None = None,  # grid points along each axis
     domain_extent: float | None = None,  # length of the periodic domain along each axis, in units of x
     dt: float | None = None,  # time between two frames, in units of t
@@ -98,11 +105,10 @@ def pde_trajectories(
     **coefficients: float,  # the equation's own, as exponax names them: `diffusivity`, `convection_scale`, …
 ) -> np.ndarray:  # `(M, T, *space, C)` float32
     "Trajectories of a periodic PDE from random initial states; None takes the default of `PDES`."
-    if n_dims > 2:
-        raise ValueError(f"n_dims is {n_dims}; expected 1 or 2.")
-    given = {"n_points": n_points, "domain_extent": domain_extent, "dt": dt, "warmup": warmup}
-    s = PDES[pde] | {k: v for k, v in given.items() if v is not None}
-    stepper = _stepper(pde, n_dims, s["n_points"], s["domain_extent"], s["dt"], substeps, coefficients)
+    given = {"n_dims": n_dims, "n_points": n_points, "domain_extent": domain_extent, "dt": dt, "warmup": warmup}
+    s = PDES[pde] | {k: v for k, v in given.items() if v is not None} | coefficients
+    coefficients = {k: v for k, v in s.items() if k not in given}
+    stepper = _stepper(pde, s["n_dims"], s["n_points"], s["domain_extent"], s["dt"], substeps, coefficients)
     x = np.moveaxis(_solve(stepper, n_trajectories, n_frames, s["warmup"], cutoff, seed), 2, -1)
     if not np.isfinite(x).all():
         raise ValueError(f"{pde} with dt={s['dt']} and substeps={substeps} blew up. Raise substeps or lower dt.")

@@ -13,13 +13,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from .checks import Choice, Each, Maybe, Size, check_even, check_steps, shown, takes
+from .checks import Choice, Each, Flag, Maybe, Size, check_even, check_steps, shown, takes
 from .contract import SSMLayer
 from .discretization import matched, scaled, zoh
 from .hippo import dplr
 from .models import BatchStackedSSM2DModel, BatchStackedSSM3DModel, BatchStackedSSMModel
 from .s5 import init_log_steps
-from .space import BOUNDARIES, Around, Chain, Conv, Map, Scan, Space, Spectral, Sum
+from .space import BOUNDARIES, Around, Chain, Conv, Map, Mean, Scan, Space, Spectral, Sum
 from .system import Diagonal
 
 # %% ../nbs/32_recipes.ipynb #78c7bbba
@@ -54,7 +54,7 @@ def residual_conv(
     )
 
 # %% ../nbs/32_recipes.ipynb #23e57994
-@takes(**SIZES, **WINDOW, modes=Size())
+@takes(**SIZES, **WINDOW, modes=Size(), mean=Flag())
 def conv_scan(
     d_model,  # shape of the grid
     d_vars: int,  # variables of a frame
@@ -63,10 +63,12 @@ def conv_scan(
     kernel=3,  # odd size, or one for each axis
     modes: int = 2,  # poles of each feature and axis
     boundary="periodic",  # or "zero", "reflect", "replicate", or one for each axis
+    mean: bool = False,  # with the mean of the frame added, too
 ):  # a Batch model
     "Convolutions with scans along the axes added, from one frame to the next."
     conv = partial(Conv, kernel=kernel, boundary=boundary)
-    first = Chain((conv(), Sum((Space(), Scan(modes, boundary=boundary)))))
+    added = (Space(), Scan(modes, boundary=boundary), *([Mean()] if mean else []))
+    first = Chain((conv(), Sum(added)))
     return _stack(
         d_model, None, Around((first, conv())), d_vars=d_vars, width=width, n_layers=n_layers, activation="gelu"
     )

@@ -105,7 +105,9 @@ VALID = {
     "projection.HiPPOCell": dict(features=4, N=N, measure="legt", gate="gru", method="zoh", dt=0.1),
     "recipes.PointwisePoles": dict(d_model=4, dt_min=0.1, dt_max=1.0, n_steps=3),
     "recipes.conv_s5": dict(d_model=(4, 4), d_vars=1, width=4, d_hidden=4, n_layers=2, kernel=(3, 1), boundary="zero"),
-    "recipes.conv_scan": dict(d_model=8, d_vars=1, width=4, n_layers=2, kernel=3, modes=2, boundary="reflect"),
+    "recipes.conv_scan": dict(
+        d_model=8, d_vars=1, width=4, n_layers=2, kernel=3, modes=2, boundary="reflect", mean=True,
+    ),
     "recipes.fno": dict(d_model=(4, 4), d_vars=1, width=4, n_layers=2, modes=(1, 2), boundary="reflect"),
     "recipes.residual_conv": dict(d_model=(4, 4, 4), d_vars=1, width=4, n_layers=2, kernel=3, boundary="periodic"),
     "rollout.rollout": dict(
@@ -137,6 +139,7 @@ VALID = {
     "space.Conv": dict(kernel=(3, 1), features=4, depthwise=False, dilation=2, boundary="zero"),
     "space.Dense": {},
     "space.Map": dict(function=jnp.sin),
+    "space.Mean": dict(features=4),
     "space.Scan": dict(modes=2, axes=(0, 1), boundary=("zero", "zero"), ssm=layer, native=(8, 8)),
     "space.Separable": dict(rank=2),
     "space.Space": {},

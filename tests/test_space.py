@@ -35,13 +35,14 @@ SPACES = {  # a new space is tested by one line here
     "depthwise": space.Conv((3, 1), depthwise=True, dilation=2),
     "spectral": space.Spectral(2),
     "cosine": space.Spectral(1, boundary="reflect"),
+    "mean": space.Sum((space.Space(), space.Mean())),
     **SCANS,
     "scan_by_a_layer": space.Scan(ssm=LAYERS["lru"][0], boundary="zero"),
     "chain": CHAIN,
     "sum": space.Sum((space.Spectral(1), space.Conv(1))),
     "around": space.Around((space.Conv(3, features=6), space.Conv(1, features=4))),
 }
-COMMUTES = ("conv_periodic", "depthwise", "spectral", "scan_periodic", "chain", "sum")  # with turning a ring
+COMMUTES = ("conv_periodic", "depthwise", "spectral", "scan_periodic", "mean", "chain", "sum")  # with turning a ring
 NO_GRID = {name: one for name, one in SPACES.items() if name not in ("dense", "few", "separable", "low_rank")}
 TWINS = [f"{kind}_{edge}" for kind in ("conv", "scan") for edge in ("reflect", "replicate")]  # in time as the others of their kind
 PAIRS = [(name, "lru") for name in SPACES if name not in ("dense", *TWINS)]
@@ -67,7 +68,7 @@ def made(model, B=2, T=6, seed=0):
 
 RECIPES = {
     "conv_s5": recipes.conv_s5((6, 5), 2, width=4, d_hidden=3, n_layers=1),
-    "conv_scan": recipes.conv_scan((6, 5), 2, width=4, n_layers=1),
+    "conv_scan": recipes.conv_scan((6, 5), 2, width=4, n_layers=1, mean=True),
     "fno": recipes.fno((6, 5), 2, width=4, n_layers=1, modes=1),
     "residual_conv": recipes.residual_conv((6, 5), 2, width=4, n_layers=1),
 }
