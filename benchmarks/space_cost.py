@@ -26,7 +26,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from speed import interleaved, machine, table
+from speed import interleaved, machine, ms, table
 
 from ssm_lib import space
 from ssm_lib.recipes import conv_s5, conv_scan, fno, residual_conv
@@ -114,19 +114,30 @@ NETS = {  # title: grid, frames in a batch, width, blocks, modes; a Fourier net 
 }
 
 
-def ours_trains(grid, batch, width, blocks, modes):
-    "A call that updates our net once, and its number of parameters."
-    model = (partial(fno, modes=modes) if modes else residual_conv)(grid, 1, width=width, n_layers=blocks)
-    x = jax.random.normal(jax.random.PRNGKey(0), (batch, 2, *grid, 1))
-    variables, optimizer = jax.jit(model.init)(jax.random.PRNGKey(1), x[:, :1]), optax.adam(1e-3)
+def trainer(predict, params, x, y):
+    "One update of parameters by Adam, as a call of (params, state) → (params, state, loss), and the state to begin with."
+    optimizer = optax.adam(1e-3)
 
     @jax.jit
-    def update(variables, state):
-        loss = lambda v: jnp.mean((model.apply(v, x[:, :1]) - x[:, 1:]) ** 2)
-        changes, state = optimizer.update(jax.grad(loss)(variables), state)
-        return optax.apply_updates(variables, changes), state
+    def update(params, state):
+        loss, slope = jax.value_and_grad(lambda p: jnp.mean((predict(p, x) - y) ** 2))(params)
+        changes, state = optimizer.update(slope, state)
+        return optax.apply_updates(params, changes), state, loss
 
-    return partial(update, variables, optimizer.init(variables)), sum(p.size for p in jax.tree.leaves(variables))
+    return update, optimizer.init(params)
+
+
+def timed_update(predict, params, x, y):
+    "The same update again and again, and the number of parameters."
+    update, state = trainer(predict, params, x, y)
+    return partial(update, params, state), sum(p.size for p in jax.tree.leaves(params))
+
+
+def ours_trains(grid, batch, width, blocks, modes):
+    "Our net of these sizes."
+    model = (partial(fno, modes=modes) if modes else residual_conv)(grid, 1, width=width, n_layers=blocks)
+    x = jax.random.normal(jax.random.PRNGKey(0), (batch, 2, *grid, 1))
+    return timed_update(model.apply, jax.jit(model.init)(jax.random.PRNGKey(1), x[:, :1]), x[:, :1], x[:, 1:])
 
 
 def theirs_trains(grid, batch, width, blocks, modes):
@@ -138,15 +149,7 @@ def theirs_trains(grid, batch, width, blocks, modes):
     net = kind(len(grid), 1, 1, hidden_channels=width, num_blocks=blocks, key=jax.random.PRNGKey(1))
     x = jax.random.normal(jax.random.PRNGKey(0), (batch, 2, 1, *grid))
     params, rest = eqx.partition(net, eqx.is_inexact_array)
-    optimizer = optax.adam(1e-3)
-
-    @jax.jit
-    def update(params, state):
-        loss = lambda p: jnp.mean((jax.vmap(eqx.combine(p, rest))(x[:, 0]) - x[:, 1]) ** 2)
-        changes, state = optimizer.update(jax.grad(loss)(params), state)
-        return optax.apply_updates(params, changes), state
-
-    return partial(update, params, optimizer.init(params)), sum(p.size for p in jax.tree.leaves(params))
+    return timed_update(lambda p, x: jax.vmap(eqx.combine(p, rest))(x), params, x[:, 0], x[:, 1])
 
 
 def peers(seconds):
@@ -161,15 +164,9 @@ def train_conv_s5(grid=(64, 64), batch=4, frames=64, d_hidden=64, updates=3):
     "Updates of ConvS5: losses, seconds of each, and the greatest memory of this process, which should do nothing else."
     model = conv_s5(grid, 1, width=32, d_hidden=d_hidden, n_layers=4).clone(segment=4)
     x = jax.random.normal(jax.random.PRNGKey(0), (batch, frames + 1, *grid, 1))
-    variables, optimizer = jax.jit(model.init)(jax.random.PRNGKey(1), x[:1, :1]), optax.adam(1e-3)
-
-    @partial(jax.jit, donate_argnums=(0, 1))
-    def update(variables, state):
-        loss, slope = jax.value_and_grad(lambda v: jnp.mean((model.apply(v, x[:, :-1]) - x[:, 1:]) ** 2))(variables)
-        changes, state = optimizer.update(slope, state)
-        return optax.apply_updates(variables, changes), state, loss
-
-    state, losses, seconds = optimizer.init(variables), [], []
+    variables = jax.jit(model.init)(jax.random.PRNGKey(1), x[:1, :1])
+    update, state = trainer(model.apply, variables, x[:, :-1], x[:, 1:])
+    losses, seconds = [], []
     for _ in range(updates):
         began = time.perf_counter()
         variables, state, loss = update(variables, state)
@@ -186,7 +183,6 @@ def in_a_process_of_its_own(*args):
 
 def tables(result):
     "Markdown by name."
-    ms = lambda t: "–" if t is None else f"{1e3 * t[1]:.3g} [{1e3 * t[0]:.3g}, {1e3 * t[2]:.3g}]"
     made = {}
     if "scale" in result:
         grids = list(dict.fromkeys(tuple(row["grid"]) for row in result["scale"]))

@@ -23,6 +23,7 @@ import exponax as ex
 import jax
 import numpy as np
 import optax
+from speed import table
 
 from ssm_lib import IncrementModel, fit, fit_normalizer, next_frame_loss, nrmse, on_grid, rollout, window_batches
 from ssm_lib.recipes import BATCH_MODELS, conv_s5, conv_scan, fno, residual_conv
@@ -185,8 +186,7 @@ def tables(found):
             more.append(" / ".join(spread(each).split(" [")[0] if each else "–" for each in means.values()))
         rows.append(row)
         finer.append(more)
-    table = lambda rows: "\n".join("| " + " | ".join(r) + " |" for r in [head, ["---"] * len(head), *rows])
-    return {"comparison": table(rows), "resolution": table(finer)}
+    return {"comparison": table(head, rows), "resolution": table(head, finer)}
 
 
 def main():
