@@ -27,17 +27,24 @@ from .contract import Recurrent
 from .rollout import check_model, rollout
 
 # %% ../nbs/41_training.ipynb #593823b3
-@takes(model=check_model, x=Array("(B, T, *space, C)"), scale=Array("(…)", "reals", low=0))
+@takes(
+    model=check_model, x=Array("(B, T, *space, C)"), scale=Array("(…)", "reals", low=0),
+    noise=Maybe(Array("(…)", "reals", low=0)),
+)
 def next_frame_loss(
     model,  # a Batch model of the contract
     variables,  # its variables
     x: jax.Array,  # (B, T, *space, C) windows
-    key: jax.Array,  # random key, for dropout
+    key: jax.Array,  # random key, for dropout and noise
     scale: float = 1.0,  # unit of the error
+    noise: float | None = None,  # deviation of noise on what the model reads, as x is; or one for each variable
 ):  # scalar; (scalar, new batch_stats) for a model with norm="batch"
     "Mean squared error of y[k] against x[k+1], at every position."
     statistics = [name for name in variables if name == "batch_stats"]
-    y, updated = model.apply(variables, x[:, :-1], rngs={"dropout": key}, mutable=statistics)
+    seen = x[:, :-1]
+    if noise is not None:
+        seen = seen + jnp.asarray(noise, seen.dtype) * jax.random.normal(key, seen.shape, seen.dtype)
+    y, updated = model.apply(variables, seen, rngs={"dropout": key}, mutable=statistics)
     loss = jnp.mean(((y - x[:, 1:]) / scale) ** 2)
     return (loss, updated) if statistics else loss
 
