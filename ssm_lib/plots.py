@@ -6,6 +6,7 @@
 __all__ = ['plot_rollout', 'plot_errors', 'save_figure', 'animate_rollout']
 
 # %% ../nbs/44_plots.ipynb #bdae5338
+import io
 from pathlib import Path
 
 import numpy as np
@@ -148,8 +149,17 @@ def animate_rollout(
     "Write an animation of truth and prediction. Needs matplotlib and pillow."
     truth, prediction, top = _check_pair(truth, prediction, variable)
     plt = _pyplot()
-    from matplotlib.animation import FuncAnimation, PillowWriter
+    from PIL import Image
 
     fig, draw = (_line_frames if truth.ndim == 2 else _grid_frames)(plt, truth, prediction, top, start)
-    FuncAnimation(fig, draw, frames=range(0, len(truth), every)).save(path, writer=PillowWriter(fps=fps), dpi=80)
+    pictures = []
+    for k in range(0, len(truth), every):
+        draw(k)
+        file = io.BytesIO()
+        fig.savefig(file, format="png", dpi=80)
+        pictures.append(Image.open(file).convert("RGB"))
     plt.close(fig)
+    some = np.concatenate([np.asarray(picture) for picture in pictures[:: -(-len(pictures) // 8)]])
+    palette = Image.fromarray(some).quantize(64, dither=Image.Dither.NONE)  # one for all: a third of the bytes
+    first, *others = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
+    first.save(path, format="GIF", save_all=True, append_images=others, duration=round(1000 / fps), loop=0)
