@@ -108,6 +108,7 @@ VALID = {
     "recipes.conv_scan": dict(
         d_model=8, d_vars=1, width=4, n_layers=2, kernel=3, modes=2, boundary="reflect", mean=True,
     ),
+    "recipes.conv_spectral": dict(d_model=(4, 4), d_vars=1, width=4, n_layers=2, kernel=3, modes=1, boundary="reflect"),
     "recipes.fno": dict(d_model=(4, 4), d_vars=1, width=4, n_layers=2, modes=(1, 2), boundary="reflect"),
     "recipes.residual_conv": dict(d_model=(4, 4, 4), d_vars=1, width=4, n_layers=2, kernel=3, boundary="periodic"),
     "rollout.rollout": dict(
@@ -169,7 +170,7 @@ VALID = {
     "training.make_optimizer": dict(
         model=model, learning_rate=1e-3, steps=10, ssm_learning_rate=1e-3, weight_decay=0.1, warmup=0.1, clip=1.0
     ),
-    "training.next_frame_loss": dict(model=model, variables=variables, x=frames, key=KEY, scale=1.0),
+    "training.next_frame_loss": dict(model=model, variables=variables, x=frames, key=KEY, scale=1.0, noise=0.1),
     "training.rollout_loss": dict(model=model, variables=variables, x=frames, key=KEY, scale=1.0, history=2),
 }
 for name in ("StackedSSM", "BatchStackedSSMModel"):
