@@ -234,8 +234,8 @@ def convolve(
         return sum(part * kernel[tap][0] for tap, part in _taps(x, sizes, dilation))
     if math.prod(sizes) == 1:
         return product(h, kernel.reshape(kernel.shape[-2:]))
-    way = _windowed
-    if jax.default_backend() == "cpu" and (n > 2 or h.size * math.prod(sizes) > WINDOWS):
+    way, known = _windowed, all(isinstance(size, int) for size in h.shape)
+    if known and jax.default_backend() == "cpu" and (n > 2 or h.size * math.prod(sizes) > WINDOWS):
         way = _in_pieces if n > 2 else _large
     return way(_with_margins(h, sizes, boundary, dilation), kernel, dilation)
 

@@ -13,6 +13,7 @@ from jax import export
 from sweep import EQUAL_STEPS_ONLY, KEY, LAYERS, WHOLE_ONLY, close, enable_x64, noise
 
 from ssm_lib import LRU, S5SSM, BatchStackedSSM2DModel, BatchStackedSSMModel, IncrementModel, rollout
+from ssm_lib.recipes import residual_conv
 
 each_layer = pytest.mark.parametrize("name", LAYERS | WHOLE_ONLY)
 ssm = partial(S5SSM, d_hidden=16, blocks=2)
@@ -84,15 +85,18 @@ def test_export_with_a_length_left_open(name):
             close(got, want, tolerance)
 
 
+VOLUME = residual_conv((3, 4, 2), d_vars=1, width=4, n_layers=1), (2, 3, 3, 4, 2, 1)
+
+
 @pytest.mark.usefixtures("quick_compilation")
-def test_export_of_a_rollout():
-    model, shape = MODELS["line"]
-    x = noise(*shape)
+@pytest.mark.parametrize("model, shape", (MODELS["line"], VOLUME), ids=("line", "volume"))
+def test_export_of_a_rollout(model, shape):
+    x, frame = noise(*shape), shape[2:]
     v = jax.jit(model.init)(KEY, x)
-    open_ends = jax.ShapeDtypeStruct(export.symbolic_shape("B, T, 6, 2"), jnp.float32)
+    open_ends = jax.ShapeDtypeStruct((*export.symbolic_shape("B, T"), *frame), jnp.float32)
     program = export.export(jax.jit(lambda x: rollout(model, v, x, 5)))(open_ends)
     close(program.call(x), rollout(model, v, x, 5))
-    assert program.call(x[:1, :1]).shape == (1, 5, 6, 2)
+    assert program.call(x[:1, :1]).shape == (1, 5, *frame)
 
 
 def products(jaxpr):
