@@ -174,7 +174,7 @@ def spread(values):
 def tables(found):
     "Markdown by name, of what `gathered` gives: the comparison, and the resolutions."
     rows, finer = [], []
-    head = ["space", *[f"{CASES[c].title}, {len(next(iter(found[c].values())))} seeds" for c in found]]
+    head = ["space", *[f"{CASES[c].title}, {max(map(len, found[c].values()))} seeds" for c in found]]
     kinds = list(dict.fromkeys(kind for case in found.values() for kind in case))
     for kind in kinds:
         row, more = [kind], [kind]

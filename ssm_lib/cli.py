@@ -74,9 +74,8 @@ def train(
     updates = options["updates"]
     variables = jax.jit(model.init)(jax.random.PRNGKey(seed), jnp.asarray(x[:1, :2]))
     scale = config["scales"]["increment_std"][0]
-    if options["window"] == 2:
-        noise = options["noise"] * config["scales"]["std"][0]
-        loss = partial(next_frame_loss, model, scale=scale, noise=noise)
+    if "noise" in options:
+        loss = partial(next_frame_loss, model, scale=scale, noise=options["noise"] * config["scales"]["std"][0])
     else:
         loss = partial(rollout_loss, model, scale=scale)
     batches = window_batches(x, options["batch_size"], options["window"], shift=options["shift"], seed=seed)

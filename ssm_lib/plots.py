@@ -131,7 +131,7 @@ def _grid_frames(plt, truth, prediction, top, start):
 
     return fig, draw
 
-
+# %% ../nbs/44_plots.ipynb #44000002
 @takes(
     truth=Array("(T, *space, C)"), prediction=Array("(T, *space, C)"), path=FilePath(), fps=Size(), every=Size(),
     variable=Size(0), start=Size(0),
@@ -160,6 +160,6 @@ def animate_rollout(
         pictures.append(Image.open(file).convert("RGB"))
     plt.close(fig)
     some = np.concatenate([np.asarray(picture) for picture in pictures[:: -(-len(pictures) // 8)]])
-    palette = Image.fromarray(some).quantize(64, dither=Image.Dither.NONE)  # one for all: a third of the bytes
+    palette = Image.fromarray(some).quantize(64, dither=Image.Dither.NONE)  # one for all frames
     first, *others = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
     first.save(path, format="GIF", save_all=True, append_images=others, duration=round(1000 / fps), loop=0)

@@ -37,7 +37,7 @@ def next_frame_loss(
     x: jax.Array,  # (B, T, *space, C) windows
     key: jax.Array,  # random key, for dropout and noise
     scale: float = 1.0,  # unit of the error
-    noise: float | None = None,  # deviation of noise on what the model reads, as x is; or one for each variable
+    noise: float | None = None,  # deviation of noise on what the model reads, in the unit of x; or one a variable
 ):  # scalar; (scalar, new batch_stats) for a model with norm="batch"
     "Mean squared error of y[k] against x[k+1], at every position."
     statistics = [name for name in variables if name == "batch_stats"]
