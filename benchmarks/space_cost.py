@@ -2,14 +2,15 @@
 
     python benchmarks/space_cost.py               # twenty minutes on two cores
     python benchmarks/space_cost.py --quick       # the smallest sizes only
-    python benchmarks/space_cost.py --only scale  # one of scale, rollout, peers, conv_s5
+    python benchmarks/space_cost.py --only scale  # one of scale, rollout, peers, training
 
 - scale: one mixing with 32 features and its gradient, on 32² to 512² places and on 32³. Memory is the temporary memory that XLA
   plans for the gradient, which is exact. Where the plan is over 8 GiB a size is left out.
 - rollout: a step of a rollout of 256 × 256 places with 32 features, against the matrix products that it cannot do without.
 - peers: a training step (prediction, gradient, Adam) of the residual net and of the Fourier net of pdequinox (Equinox), of the
   same sizes and on the same frames, in one process, interleaved. Needs pdequinox: the extra `bench`.
-- conv_s5: ConvS5 with 64 states at 64 × 64 places on (4, 64) frames: three updates, and the greatest memory of the process.
+- training: updates of large nets on a field that moves on by one place a frame, and the greatest memory of the process: ConvS5
+  with 64 states at 64 × 64 places on (4, 64) frames, and conv_scan with 32 features at 256 × 256 places on 4 pairs of frames.
 
 Times are medians of interleaved runs, with quartiles. Writes `space_cost.json` and `space_cost.md` under `--out`.
 """
@@ -160,10 +161,19 @@ def peers(seconds):
     return [{"net": t, "times": times[t], "parameters": sizes[t], "ratio": times[t]["pdequinox"][1] / times[t]["ssm_lib"][1]} for t in NETS]
 
 
-def train_conv_s5(grid=(64, 64), batch=4, frames=64, d_hidden=64, updates=3):
-    "Updates of ConvS5: losses, seconds of each, and the greatest memory of this process, which should do nothing else."
-    model = conv_s5(grid, 1, width=32, d_hidden=d_hidden, n_layers=4).clone(segment=4)
-    x = jax.random.normal(jax.random.PRNGKey(0), (batch, frames + 1, *grid, 1))
+TRAINED = {  # name: net of n × n places, n, batch, frames, updates
+    "conv_s5": (lambda n: conv_s5((n, n), 1, width=WIDTH, d_hidden=64, n_layers=4).clone(segment=4), 64, 4, 64, 3),
+    "conv_scan": (lambda n: conv_scan((n, n), 1, width=WIDTH), 256, 4, 1, 10),
+}
+
+
+def train(name, quick=False):
+    "Updates of a net: losses, seconds of each, and the greatest memory of this process, which should do nothing else."
+    make, n, batch, frames, updates = TRAINED[name]
+    n, frames = (8, min(frames, 8)) if quick else (n, frames)
+    model = make(n)
+    first = jax.random.normal(jax.random.PRNGKey(0), (batch, n, n, 1))
+    x = jnp.stack([jnp.roll(first, k, axis=2) for k in range(frames + 1)], 1)
     variables = jax.jit(model.init)(jax.random.PRNGKey(1), x[:1, :1])
     update, state = trainer(model.apply, variables, x[:, :-1], x[:, 1:])
     losses, seconds = [], []
@@ -173,11 +183,11 @@ def train_conv_s5(grid=(64, 64), batch=4, frames=64, d_hidden=64, updates=3):
         losses.append(float(loss))
         seconds.append(time.perf_counter() - began)
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"shape": [batch, frames, *grid, d_hidden], "losses": losses, "seconds": seconds, "memory": most}
+    return {"net": name, "shape": [batch, frames, n, n], "losses": losses, "seconds": seconds, "memory": most}
 
 
 def in_a_process_of_its_own(*args):
-    "`train_conv_s5` where nothing else takes memory."
+    "`train` where nothing else takes memory."
     return json.loads(subprocess.run([sys.executable, __file__, *args], capture_output=True, text=True, check=True).stdout)
 
 
@@ -200,30 +210,32 @@ def tables(result):
             for r in result["peers"]
         ]  # fmt: skip
         made["peers"] = table(["net", "ssm_lib, ms", "pdequinox, ms", "theirs ÷ ours", "parameters"], rows)
-    if "conv_s5" in result:
-        r = result["conv_s5"]
-        losses, seconds = (", ".join(f"{z:.4g}" for z in r[name]) for name in ("losses", "seconds"))
-        rows = [[" × ".join(map(str, r["shape"])), losses, seconds, f"{r['memory'] / 2**30:.2f} GiB"]]
-        made["conv_s5"] = table(["B, T, H, W, P", "losses", "seconds", "memory of the process"], rows)
+    if "training" in result:
+        rows = [
+            [r["net"], places(r["shape"]), f"{r['losses'][0]:.3g}, {r['losses'][-1]:.3g}", f"{len(r['losses'])}",
+             f"{sorted(r['seconds'])[len(r['seconds']) // 2]:.3g}", f"{r['memory'] / 2**30:.2f} GiB"]
+            for r in result["training"]
+        ]  # fmt: skip
+        made["training"] = table(["net", "B, T, H, W", "first and last loss", "updates", "seconds each", "memory of the process"], rows)
     return made
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small sizes, short timings; writes nothing unless --out is given")
-    parser.add_argument("--only", nargs="+", choices=("scale", "rollout", "peers", "conv_s5"), help="the rest is kept as it was")
-    parser.add_argument("--train-conv-s5", action="store_true", help="what `conv_s5` runs in a process of its own")
+    parser.add_argument("--only", nargs="+", choices=("scale", "rollout", "peers", "training"), help="the rest is kept as it was")
+    parser.add_argument("--train", choices=tuple(TRAINED), help="what `training` runs in a process of its own")
     parser.add_argument("--out", type=Path, help="folder of the results (default: benchmarks/results)")
     args = parser.parse_args()
-    if args.train_conv_s5:
-        print(json.dumps(train_conv_s5(**({"grid": (8, 8), "frames": 8} if args.quick else {}))))
+    if args.train:
+        print(json.dumps(train(args.train, args.quick)))
         return
     seconds = 0.2 if args.quick else 3
     jobs = {
         "scale": lambda: scale(GRIDS[:2] if args.quick else GRIDS, seconds),
         "rollout": lambda: rollout_steps(32 if args.quick else 256, 4 * seconds),
         "peers": lambda: peers(4 * seconds),
-        "conv_s5": lambda: in_a_process_of_its_own("--train-conv-s5", *(["--quick"] if args.quick else [])),
+        "training": lambda: [in_a_process_of_its_own("--train", name, *["--quick"][: args.quick]) for name in TRAINED],
     }
     out = args.out or (None if args.quick else Path(__file__).parent / "results")
     file = out and out / "space_cost.json"
