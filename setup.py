@@ -9,7 +9,7 @@ here = Path(__file__).parent
 parser = ConfigParser(delimiters=["="])
 parser.read(here / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
-demo, dev, docs, bench = (cfg[f"{extra}_requirements"].split() for extra in ("demo", "dev", "docs", "bench"))
+demo, dev, docs, bench, files = (cfg[f"{extra}_requirements"].split() for extra in ("demo", "dev", "docs", "bench", "files"))
 
 
 def readme():
@@ -34,7 +34,7 @@ setup(
     packages=find_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"]),
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
-    extras_require={"demo": demo, "pde": demo, "dev": dev + demo, "docs": docs, "bench": bench + demo},
+    extras_require={"demo": demo, "pde": demo, "files": files, "dev": dev + demo + files, "docs": docs, "bench": bench + demo},
     entry_points={
         "console_scripts": ["ssm_lib=ssm_lib.cli:main"],
         "nbdev": ["ssm_lib=ssm_lib._modidx:d"],  # where nbdev looks names up: links between pages, links to the source

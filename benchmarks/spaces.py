@@ -25,7 +25,7 @@ import numpy as np
 import optax
 from speed import table
 
-from ssm_lib import IncrementModel, fit, fit_normalizer, next_frame_loss, nrmse, on_grid, rollout, window_batches
+from ssm_lib import Forecaster, fit, fit_normalizer, next_frame_loss, nrmse, on_grid, rollout, window_batches
 from ssm_lib.recipes import BATCH_MODELS, conv_s5, conv_scan, fno, residual_conv
 from ssm_lib.space import Around, Chain, Conv, Mean, Scan, Separable, Space, Sum
 
@@ -115,7 +115,7 @@ def score(model, variables, test):
 def one_run(case, net, train, test, seed, updates):
     "Train a net and score it on its own grid, on a finer one and on a coarser one."
     scales = fit_normalizer(train)
-    model = IncrementModel(net, *scales)
+    model = Forecaster(net, *scales)
     variables = jax.jit(model.init)(jax.random.PRNGKey(seed), train[:1, :2])
     memory = net.ssm is not None  # a net with a memory learns from stretches of a trajectory, as many frames in all
     length = 11 if memory else 2

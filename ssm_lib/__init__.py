@@ -5,9 +5,9 @@ __version__ = "0.1.0"
 from ssm_lib.blocks import SequenceLayer
 from ssm_lib.data import (
     fit_normalizer,
-    load_trajectories,
     pde_trajectories,
     split_trajectories,
+    window_batch,
     window_batches,
     windows,
 )
@@ -16,6 +16,8 @@ from ssm_lib.convolution import causal_convolution, discretize_dense, kernel_den
 from ssm_lib.system import DiagonalBank, DiagonalSystem, System
 from ssm_lib.discretization import bilinear, discretize_bilinear, discretize_zoh, zoh
 from ssm_lib.dss import DSS, complex_softmax, dss_kernel, dss_ssm
+from ssm_lib.fields import Fields, area_weights, open_fields
+from ssm_lib.forecaster import Forecaster
 from ssm_lib.hippo import DPLRForm, Hippo, dplr, make_DPLR_HiPPO, make_HiPPO, make_NPLR_HiPPO
 from ssm_lib.lru import LRU, LRUDynamics
 from ssm_lib.measures import nplr, transition
@@ -24,7 +26,6 @@ from ssm_lib.models import (
     BatchStackedSSM2DModel,
     BatchStackedSSM3DModel,
     BatchStackedSSMModel,
-    IncrementModel,
     StackedSSM,
     StackedSSM2D,
     StackedSSM3D,

@@ -19,11 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .data import fit_normalizer, load_trajectories, pde_trajectories
+from .data import fit_normalizer, pde_trajectories
 from .data import split_trajectories, window_batches, windows
 from .checks import Choice, FilePath, Flag, Maybe, Size, takes
 from .metrics import fit_linear, nrmse, persistence
-from .models import BatchStackedSSMModel, IncrementModel
+from .fields import open_fields
+from .forecaster import Forecaster
+from .models import BatchStackedSSMModel
 from .plots import animate_rollout, plot_errors, plot_rollout, save_figure
 from .recipes import conv_spectral
 from .rollout import rollout
@@ -54,12 +56,12 @@ CHECKPOINT = "checkpoint.msgpack"
 
 def build_model(
     config: dict,  # "model", "layer" (if it has one) and "scales" of a run
-) -> IncrementModel:
+) -> Forecaster:
     "The model of a run, from its config: a recipe by its name, or S5 on a line."
     sizes = dict(config["model"])
     recipe = sizes.pop("recipe", None)
     inner = RECIPES[recipe](**sizes) if recipe else BatchStackedSSMModel(partial(S5SSM, **config["layer"]), **sizes)
-    return IncrementModel(inner, **{name: tuple(value) for name, value in config["scales"].items()})
+    return Forecaster(inner, **{name: tuple(value) for name, value in config["scales"].items()})
 
 
 def train(
@@ -198,7 +200,8 @@ def roll_out(
     if Path(out).suffix != ".npy":
         raise ValueError(f"out is {out}; expected a file name that ends in .npy.")
     variables, config = load_checkpoint(Path(run) / CHECKPOINT)
-    x = load_trajectories(history)
+    fields = open_fields(history)
+    x = np.stack([fields[i] for i in range(len(fields))])
     model = build_model(config)
     if x.shape[2:] != model.frame:
         raise ValueError(

@@ -83,6 +83,7 @@ class Recurrent(nn.Module):
 
     kinds = {}  # its fields by name, and what they may be (see `checks`)
     n_steps = None  # an initial-condition module returns so many frames from frame 0; None reads every frame
+    d_inputs = 0  # how many of the last numbers of a frame are read and not predicted
     batch_axes = None  # how many axes come before time; None is any number
     pole_parameters = ()  # parameters that train as poles do: with a learning rate of their own, not decayed
     undecayed_parameters = ()  # names of others that are never decayed

@@ -4,21 +4,19 @@
 
 # %% auto #0
 __all__ = ['StackedSSM', 'StackedSSM2D', 'StackedSSM3D', 'BatchStackedSSMModel', 'BatchStackedSSM2DModel',
-           'BatchStackedSSM3DModel', 'IncrementModel', 'on_grid']
+           'BatchStackedSSM3DModel', 'on_grid']
 
 # %% ../nbs/31_models.ipynb #0a7bc3da
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from .blocks import SequenceLayer
-from .checks import Array, Each, Function, Made, Maybe, Size, shown, takes
+from .checks import Each, Function, Made, Maybe, Size, shown, takes
 from .contract import Recurrent
-from .discretization import matched
 from .scan import scan_in_segments, varying_as
 from .space import Dense, Space
 
@@ -60,6 +58,7 @@ class StackedSSM(Recurrent):
     space : how the places of a frame meet, e.g. `space.Conv(3)`; None is `space.Dense()`, one state a frame
     width : features a place; of a whole frame in a dense space, W·C by default
     segment : frames whose features exist at once: a long or large field costs memory for these alone; None is all
+    d_inputs : numbers that are read behind the d_vars of each place, and not predicted
     """
 
     ssm: Callable | None
@@ -77,17 +76,17 @@ class StackedSSM(Recurrent):
     space: Space | None = None
     width: int | None = None
     segment: int | None = None
+    d_inputs: int = 0
 
     kinds = {
         **{name: kind for name, kind in SequenceLayer.kinds.items() if name != "d_model"},  # that is the grid here
-        "d_vars": Size(), "n_layers": Size(), "n_steps": Maybe(Size()), "width": Maybe(Size()),
-        "segment": Maybe(Size()),
-        "ssm_first_layer": Maybe(Function("partial(S5SSM, d_hidden=64, n_steps=100)")),
+        "d_vars": Size(), "n_layers": Size(), **dict.fromkeys(("n_steps", "width", "segment"), Maybe(Size())),
+        "d_inputs": Size(0), "ssm_first_layer": Maybe(Function("partial(S5SSM, d_hidden=64, n_steps=100)")),
     }
     space_axes = ("W",)  # names of the axes of space, for messages
 
     grid = property(lambda self: tuple(self.d_model) if isinstance(self.d_model, (tuple, list)) else (self.d_model,))
-    frame = property(lambda self: (*self.grid, self.d_vars))
+    frame = property(lambda self: (*self.grid, self.d_vars + self.d_inputs))
     whole_only = property(lambda self: next((block.whole_only for block in self.blocks if block.whole_only), ""))
 
     @property
@@ -164,60 +163,14 @@ class BatchStackedSSM3DModel(StackedSSM3D):
 
     batch_axes = 1
 
-# %% ../nbs/31_models.ipynb #31bdb70f
-class IncrementModel(Recurrent):
-    """A model of increments in normalised units as a model of frames in physical ones, under the same contract.
-
-    Parameters
-    ----------
-    model : any model of the contract, on frames (..., C); not an initial-condition model
-    mean, std : mean and deviation of each variable, C floats in physical units
-    increment_std : root mean square of x[k+1] − x[k] for each variable, C floats in physical units
-    """
-
-    model: nn.Module
-    mean: tuple
-    std: tuple
-    increment_std: tuple
-
-    frame = property(lambda self: self.model.frame)
-    batch_axes = property(lambda self: self.model.batch_axes)
-    whole_only = property(lambda self: self.model.whole_only)
-
-    def __post_init__(self):
-        if not isinstance(self.model, Recurrent):
-            raise ValueError(f"model is {shown(self.model)}; expected a model, e.g. BatchStackedSSMModel(…).")
-        for name in ("mean", "std", "increment_std"):
-            values = Array("(C,)", "reals", finite=True)(name, getattr(self, name))
-            object.__setattr__(self, name, tuple(map(float, values)))
-        sizes = {name: len(getattr(self, name)) for name in ("mean", "std", "increment_std")}
-        if set(sizes.values()) != {self.model.frame[-1]}:
-            raise ValueError(f"scales have sizes {sizes}; expected {self.model.frame[-1]} each, one for each variable.")
-        if min((*self.std, *self.increment_std)) <= 0:
-            raise ValueError(f"std, increment_std are {self.std}, {self.increment_std}; expected positive deviations.")
-        super().__post_init__()
-
-    def setup(self):
-        if self.model.response_steps is not None:
-            raise ValueError(
-                "model has n_steps; "
-                "expected one that reads every frame. An increment needs the frame before it."
-            )
-
-    def stretch(self, x, carry, times):
-        scales = (jnp.asarray(z, x.dtype) for z in (self.mean, self.std, self.increment_std))
-        x, mean, std, scale = matched(x, *scales)
-        carry, y = self.model.stretch((x - mean) / std, carry, times)
-        return carry, x + scale * y
-
 # %% ../nbs/31_models.ipynb #a17e0004
 @takes(grid=Each(Size()))
 def on_grid(
-    model: Recurrent,  # a stacked model, or an `IncrementModel` of one
+    model: Recurrent,  # a stacked model, or a wrapper that has one as `model`, e.g. a `Forecaster`
     grid: int | tuple,  # another grid over the same domain
 ) -> Recurrent:  # takes the variables of `model` as they are
     "The model on another grid. Raises ValueError, with the reason, where its space belongs to its own."
-    if isinstance(model, IncrementModel):
+    if not isinstance(model, StackedSSM) and isinstance(getattr(model, "model", None), Recurrent):
         return model.clone(model=on_grid(model.model, grid))
     Made(StackedSSM, "BatchStackedSSMModel(…)")("model", model)
     new = model.clone(d_model=tuple(grid) if isinstance(grid, list) else grid)

@@ -20,8 +20,9 @@ from .contract import inference
 from .scan import scan_in_segments
 
 # %% ../nbs/40_rollout.ipynb #8dd7f23f
-_HISTORY = Array("(B, T0, *space, C)", finite=True)  # looked at where it lies, not copied to the host
+_HISTORY = Array("(B, T0, *space, C)")
 _DT = Maybe(Array("(…)", "reals", low=0))
+_INPUTS = Maybe(Array("(B, T, *space, K)", finite=True))
 
 
 def _as_linen(model, variables):
@@ -72,41 +73,76 @@ class _Made:
         return self.content == other.content
 
 # %% ../nbs/40_rollout.ipynb #40a1b0c2
+def _joined(x, inputs):
+    "Frames with what is known beside them, (…, C + K)."
+    if inputs is None:
+        return x
+    return jnp.concatenate([x, jnp.broadcast_to(inputs.astype(x.dtype), (*x.shape[:-1], inputs.shape[-1]))], -1)
+
+
 @partial(jax.jit, static_argnames="made")
-def _read(made, variables, history, carry, dt):
-    return made.model.apply(variables, history, carry, method="prefill", dt=dt)
+def _read(made, variables, history, carry, dt, inputs):
+    return made.model.apply(variables, _joined(history, inputs), carry, method="prefill", dt=dt)
 
 
-def _go_on(made, variables, carry, frame, dt, length, segment):
-    "`length` frames after `frame`, (length, B, *space, C), and the state after them; dt: a scalar, None or per step."
-    per_step = dt is not None and jnp.ndim(dt) > 0
+def _go_on(made, variables, carry, frame, each, always, length, segment):
+    "`length` frames after `frame`, (length, B, *space, C), and the state after; dt and inputs for each step or all."
 
-    def step(state, dt_k):
-        carry, x = made.model.apply(variables, *state, method="step", dt=dt_k if per_step else dt)
+    def step(state, now):
+        (carry, x), said = state, always | now
+        x = _joined(x, said.get("inputs"))
+        carry, x = made.model.apply(variables, carry, x, method="step", dt=said.get("dt"))
         return (carry, x), x
 
-    steps = dt if per_step else jnp.zeros(length)
-    size = segment or max(length, 1)
-    return scan_in_segments(lambda state, dt: jax.lax.scan(step, state, dt), (carry, frame), steps, size)
+    steps, size = each | {"count": jnp.zeros(length)}, segment or max(length, 1)
+    return scan_in_segments(lambda state, steps: jax.lax.scan(step, state, steps), (carry, frame), steps, size)
 
 
-def _split_dt(dt, T0):
-    "The part of dt for the history, and for the steps after it with time first."
-    if dt is None or jnp.ndim(dt) == 0:
-        return dt, dt
-    return dt[..., :T0], jnp.moveaxis(dt[..., T0:], -1, 0)
+def _shares(dt, inputs, T0):
+    "dt and inputs of the history; those of each step after it, time first; those that hold for all steps."
+    each, always = {}, {}
+    if dt is not None and jnp.ndim(dt) == 0:
+        always["dt"] = dt
+    elif dt is not None:
+        each["dt"], dt = jnp.moveaxis(dt[..., T0:], -1, 0), dt[..., :T0]
+    if inputs is not None and inputs.shape[1] == 1:
+        always["inputs"] = inputs[:, 0]
+    elif inputs is not None:
+        each["inputs"], inputs = jnp.moveaxis(inputs[:, T0:], 1, 0), inputs[:, :T0]
+    return (dt, inputs), each, always
 
 
 @partial(jax.jit, static_argnames=("made", "n_steps", "teacher_forcing", "segment"))
-def _rollout(made, variables, history, n_steps, carry, dt, teacher_forcing, segment):
-    head, tail = _split_dt(dt, history.shape[1])
-    carry, y = _read(made, variables, history, carry, head)
+def _rollout(made, variables, history, n_steps, carry, dt, inputs, teacher_forcing, segment):
+    head, each, always = _shares(dt, inputs, history.shape[1])
+    carry, y = _read(made, variables, history, carry, *head)
     known = y[:, y.shape[1] - 1 - teacher_forcing :]
-    (carry, _), frames = _go_on(made, variables, carry, known[:, -1], tail, n_steps - known.shape[1], segment)
+    (carry, _), frames = _go_on(made, variables, carry, known[:, -1], each, always, n_steps - known.shape[1], segment)
     return carry, jnp.concatenate([known, jnp.moveaxis(frames, 0, 1)], 1)
 
+# %% ../nbs/40_rollout.ipynb #40a1b0d2
+def _check_inputs(inputs, history, steps, wanted):
+    B, _, *grid, _ = history.shape
+    if (inputs is None) != (wanted == 0):
+        got = "None" if inputs is None else f"an array {inputs.shape}"
+        raise ValueError(
+            f"inputs is {got}; "
+            f"expected {f'(B, {steps}, *space, {wanted})' if wanted else None}, as the model has d_inputs = {wanted}."
+        )
+    if inputs is None:
+        return
+    full = (B, steps, *grid, wanted)
+    fits = inputs.ndim == len(full) and all(n in (1, m) for n, m in zip(inputs.shape[:-1], full))
+    if not fits or inputs.shape[-1] != wanted:
+        raise ValueError(
+            f"inputs has shape {inputs.shape}; "
+            f"expected {full}, or 1 where they are the same, for each frame that is read."
+        )
 
-def _check_history(history, n_steps, dt, teacher_forcing=0):
+
+def _check_history(model, history, n_steps, dt, inputs, teacher_forcing=0):
+    if not getattr(model, "gaps", False):
+        Array("(B, T0, *space, C)", finite=True)("history", history)  # looked at where it lies, not copied to the host
     if history.ndim < 4 or (known(history.shape[1]) and history.shape[1] < 1):
         raise ValueError(
             f"history has shape {history.shape}; "
@@ -125,6 +161,7 @@ def _check_history(history, n_steps, dt, teacher_forcing=0):
             f"dt has shape {jnp.shape(dt)}; "
             f"expected (), ({steps},) or ({B}, {steps}), one value per frame that is read."
         )
+    _check_inputs(inputs, history, steps, getattr(model, "d_inputs", 0))
 
 # %% ../nbs/40_rollout.ipynb #d9a4f63d
 class RolloutDivergedError(FloatingPointError):
@@ -136,7 +173,7 @@ class RolloutDivergedError(FloatingPointError):
 
 
 @takes(
-    model=check_model, history=_HISTORY, n_steps=Size(), return_carry=Flag(), dt=_DT,
+    model=check_model, history=_HISTORY, n_steps=Size(), return_carry=Flag(), dt=_DT, inputs=_INPUTS,
     teacher_forcing=Size(0), segment=Maybe(Size()), check=Flag(),
 )
 def rollout(
@@ -148,6 +185,7 @@ def rollout(
     carry=None,  # state before the history; None is the zero state
     return_carry: bool = False,  # also return the state, to go on from
     dt: jax.Array | None = None,  # relative time from each frame read to the next: scalar, (T,) or (B, T)
+    inputs: jax.Array | None = None,  # (B, T, *space, K) beside each frame read, past and future; 1 where all the same
     teacher_forcing: int = 0,  # predict this many of the last frames of the history, too
     segment: int | None = None,  # for a long gradient: keep states only so often, compute the rest again
     check: bool = True,  # look whether the frames are finite, where they have values
@@ -156,8 +194,8 @@ def rollout(
 
     The first frame is the model's output at the last frame of the history. With `teacher_forcing=k` the answer begins
     k frames earlier: its first k + 1 frames are one-step predictions from true frames, the rest are fed back. So
-    T = T0 + n_steps − 1 − teacher_forcing frames are read. Models run with training=False. Jitted (once per model and
-    shape), differentiable, works inside jit, vmap and grad.
+    T = T0 + n_steps − 1 − teacher_forcing frames are read, and `dt` and `inputs` belong to these. Models run with
+    training=False. Jitted (once per model and shape), differentiable, works inside jit, vmap and grad.
 
     To go on, hand over the last frame and the carry:
     `rollout(model, variables, frames[:, -1:], m, carry=carry)`.
@@ -166,9 +204,9 @@ def rollout(
     if a concrete future is not; the error holds the frames. `check=False` returns them as they are.
     """
     (model, variables), history = _as_linen(model, variables), jnp.asarray(history)
-    _check_history(history, n_steps, dt, teacher_forcing)
-    dt = None if dt is None else jnp.asarray(dt)
-    carry, frames = _rollout(_Made(model), variables, history, n_steps, carry, dt, teacher_forcing, segment)
+    _check_history(model, history, n_steps, dt, inputs, teacher_forcing)
+    dt, inputs = (None if z is None else jnp.asarray(z) for z in (dt, inputs))
+    carry, frames = _rollout(_Made(model), variables, history, n_steps, carry, dt, inputs, teacher_forcing, segment)
     if check and concrete(frames) and not bool(jnp.isfinite(frames).all()):
         good = np.isfinite(np.asarray(frames)).all(axis=(0, *range(2, frames.ndim)))
         raise RolloutDivergedError(int(np.argmin(good)), frames)
@@ -176,24 +214,23 @@ def rollout(
 
 # %% ../nbs/40_rollout.ipynb #06fc29dc
 @partial(jax.jit, static_argnames=("made", "length"), donate_argnames=("carry", "frame"))
-def _next_piece(made, variables, carry, frame, dt, length):
+def _next_piece(made, variables, carry, frame, each, always, length):
     "`frame` and those after it, (B, length, *space, C); the state, and the frame that follows."
-    (carry, after), frames = _go_on(made, variables, carry, frame, dt, length, None)
+    (carry, after), frames = _go_on(made, variables, carry, frame, each, always, length, None)
     piece = jnp.concatenate([frame[None], frames[:-1]])
     return carry, after, jnp.moveaxis(piece, 0, 1)
 
 
-def _pieces(made, variables, history, n_steps, chunk, carry, dt):
-    head, tail = _split_dt(dt, history.shape[1])
-    per_step = dt is not None and jnp.ndim(dt) > 0
-    if per_step:
-        tail = jnp.concatenate([tail, jnp.ones_like(dt[..., :1]).T])  # for a step after the last frame: not used
-    carry, y = _read(made, variables, history, carry, head)
+def _pieces(made, variables, history, n_steps, chunk, carry, dt, inputs):
+    head, each, always = _shares(dt, inputs, history.shape[1])
+    one_more = lambda z: jnp.concatenate([z, jnp.ones_like(z, shape=(1, *z.shape[1:]))])  # behind the last: not used
+    each = jax.tree.map(one_more, each)
+    carry, y = _read(made, variables, history, carry, *head)
     frame = y[:, -1]
     for done in range(0, n_steps, chunk):
         length = min(chunk, n_steps - done)
-        dt_piece = tail[done : done + length] if per_step else dt
-        carry, frame, piece = _next_piece(made, variables, carry, frame, dt_piece, length)
+        here = {name: z[done : done + length] for name, z in each.items()}
+        carry, frame, piece = _next_piece(made, variables, carry, frame, here, always, length)
         piece = np.asarray(piece)
         good = np.isfinite(piece).all(axis=tuple(i for i in range(piece.ndim) if i != 1))
         if good.all():
@@ -205,7 +242,7 @@ def _pieces(made, variables, history, n_steps, chunk, carry, dt):
         raise RolloutDivergedError(done + bad)
 
 
-@takes(model=check_model, history=_HISTORY, n_steps=Size(), chunk=Size(), dt=_DT)
+@takes(model=check_model, history=_HISTORY, n_steps=Size(), chunk=Size(), dt=_DT, inputs=_INPUTS)
 def rollout_stream(
     model: nn.Module,  # a Batch model of the contract, or a wrapper of one
     variables,  # its variables
@@ -215,15 +252,16 @@ def rollout_stream(
     chunk: int = 100,  # frames in a piece of the stream; a piece is what you get, a segment is what a gradient keeps
     carry=None,  # state before the history; None is the zero state
     dt: jax.Array | None = None,  # as in `rollout`
+    inputs: jax.Array | None = None,  # as in `rollout`
 ) -> Iterator[np.ndarray]:  # pieces (B, ≤ chunk, *space, C), in order
     """The frames of `rollout`, piece by piece, with flat device memory.
 
     Raises ValueError at once for what `rollout` refuses, RolloutDivergedError at the first frame that is not finite.
     """
     (model, variables), history = _as_linen(model, variables), jnp.asarray(history)
-    _check_history(history, n_steps, dt)
-    dt = None if dt is None else jnp.asarray(dt)
-    return _pieces(_Made(model), variables, history, n_steps, chunk, carry, dt)
+    _check_history(model, history, n_steps, dt, inputs)
+    dt, inputs = (None if z is None else jnp.asarray(z) for z in (dt, inputs))
+    return _pieces(_Made(model), variables, history, n_steps, chunk, carry, dt, inputs)
 
 # %% ../nbs/40_rollout.ipynb #8c444c7c
 @takes(model=check_model, history=_HISTORY)
@@ -232,7 +270,7 @@ def write_rollout(
     model: nn.Module,  # as in `rollout_stream`, like the other arguments
     variables,
     history: jax.Array,
-    **options,  # chunk, carry, dt
+    **options,  # chunk, carry, dt, inputs
 ) -> None:
     "Write a rollout into an array as it is made; a memmap is flushed after each piece."
     frames = (history.shape[0], *history.shape[2:])

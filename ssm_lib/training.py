@@ -27,6 +27,20 @@ from .contract import Recurrent
 from .rollout import check_model, rollout
 
 # %% ../nbs/41_training.ipynb #593823b3
+def _frames(model, x):
+    "Windows (B, T, *space, C + K) as the C that are predicted and the K that are known beside them."
+    c = x.shape[-1] - getattr(model, "d_inputs", 0)
+    return x[..., :c], x[..., c:]
+
+
+def _mean_square(error, model):
+    "The mean of the squares; of a model that knows gaps, where there is something to compare with."
+    if not getattr(model, "gaps", False):
+        return jnp.mean(error**2)
+    there = jnp.isfinite(error)
+    return jnp.sum(jnp.where(there, error, 0) ** 2) / jnp.maximum(jnp.sum(there), 1)
+
+
 @takes(
     model=check_model, x=Array("(B, T, *space, C)"), scale=Array("(…)", "reals", low=0),
     noise=Maybe(Array("(…)", "reals", low=0)),
@@ -41,11 +55,13 @@ def next_frame_loss(
 ):  # scalar; (scalar, new batch_stats) for a model with norm="batch"
     "Mean squared error of y[k] against x[k+1], at every position."
     statistics = [name for name in variables if name == "batch_stats"]
-    seen = x[:, :-1]
+    frames, inputs = _frames(model, x)
+    seen = frames[:, :-1]
     if noise is not None:
         seen = seen + jnp.asarray(noise, seen.dtype) * jax.random.normal(key, seen.shape, seen.dtype)
+    seen = jnp.concatenate([seen, inputs[:, :-1]], -1)
     y, updated = model.apply(variables, seen, rngs={"dropout": key}, mutable=statistics)
-    loss = jnp.mean(((y - x[:, 1:]) / scale) ** 2)
+    loss = _mean_square((y - frames[:, 1:]) / scale, model)
     return (loss, updated) if statistics else loss
 
 
@@ -59,8 +75,10 @@ def rollout_loss(
     history: int = 1,  # frames given; the other T − history are predicted
 ) -> jax.Array:  # scalar
     "Mean squared error of a rollout against the rest of the window."
-    future = rollout(model, variables, x[:, :history], x.shape[1] - history)
-    return jnp.mean(((future - x[:, history:]) / scale) ** 2)
+    frames, inputs = _frames(model, x)
+    inputs = inputs[:, :-1] if inputs.shape[-1] else None
+    future = rollout(model, variables, frames[:, :history], x.shape[1] - history, inputs=inputs)
+    return _mean_square((future - frames[:, history:]) / scale, model)
 
 # %% ../nbs/41_training.ipynb #d642c3a8
 def _check_trained(model, example):

@@ -20,7 +20,7 @@ import pytest
 from sweep import KEY, LAYERS, noise, quickly
 
 import ssm_lib
-from ssm_lib import S5SSM, BatchStackedSSMModel, IncrementModel, SequenceLayer, save_checkpoint, space
+from ssm_lib import S5SSM, BatchStackedSSMModel, Forecaster, SequenceLayer, open_fields, save_checkpoint, space
 from ssm_lib.checks import Array, Choice, Each, FilePath, Flag, FloatType, Function, Made, Maybe, Number, Size
 from ssm_lib.data import Normalizer
 
@@ -40,6 +40,8 @@ FOLDER = Path(tempfile.mkdtemp())
 np.save(FOLDER / "x.npy", frames)
 save_checkpoint(FOLDER / "x.msgpack", variables)
 
+FIELDS = open_fields(frames)
+
 VALID = {
     "blocks.SequenceLayer": dict(
         ssm=layer, d_model=H, dropout=0.1, norm="layer", activation="gelu", training=False, prenorm=True, dtype=jnp.bfloat16,
@@ -57,11 +59,11 @@ VALID = {
         pde="burgers", n_trajectories=1, n_frames=2, n_dims=1, n_points=16, domain_extent=1.0, dt=0.01, substeps=1, warmup=0,
         cutoff=2, seed=0,
     ),
-    "data.load_trajectories": dict(path=FOLDER / "x.npy", mmap=False),
+    "data.window_batch": dict(x=frames, step=0, batch_size=1, length=2, shift=True, seed=0, share=(0, 1)),
     "data.random_shift": dict(rng=np.random.default_rng(0), batch=frames),
     "data.split_trajectories": dict(x=frames, test=0.5, seed=0),
-    "data.fit_normalizer": dict(x=frames),
-    "data.window_batches": dict(x=frames, batch_size=1, length=2, shift=True, seed=0),
+    "data.fit_normalizer": dict(x=frames, gaps=True),
+    "data.window_batches": dict(x=frames, batch_size=1, length=2, start=0),
     "data.windows": dict(x=frames, length=2, stride=1),
     "data.check_trajectories": dict(x=frames),
     "discretization.bilinear": dict(Lambda=-poles, Delta=0.1),
@@ -75,6 +77,9 @@ VALID = {
     "dss.dss_kernel": dict(W=z(P), Lambda=-poles, L=L, step=0.1),
     "dss.dss_ssm": dict(W=z(P), Lambda=-poles, L=L, step=0.1),
     "dss.DSS": dict(d_model=H, d_hidden=4, l_max=8, kernel="exp", dt_min=0.1, dt_max=1.0, n_steps=3),
+    "fields.area_weights": dict(fields=FIELDS),
+    "fields.boundaries": dict(fields=FIELDS),
+    "fields.open_fields": dict(source=r(5, 4), layout="TW"),
     "hippo.dplr": dict(measure="legs", N=N, conj_sym=True, n_blocks=1),
     "hippo.make_DPLR_HiPPO": dict(N=N),
     "hippo.make_HiPPO": dict(N=N),
@@ -90,7 +95,7 @@ VALID = {
     "metrics.fit_linear": dict(x=noise(4, 8, 4, 1), horizon=2),
     "metrics.nrmse": dict(prediction=frames, truth=frames),
     "metrics.persistence": dict(history=frames, n_steps=2),
-    "models.IncrementModel": dict(model=model, mean=(0.0,), std=(1.0,), increment_std=(1.0,)),
+    "forecaster.Forecaster": dict(model=model, mean=(0.0,), std=(1.0,), increment_std=(1.0,), gaps=True),
     "models.on_grid": dict(model=model.clone(space=space.Conv(), width=4), grid=8),
     "plots.animate_rollout": dict(
         truth=frames[0], prediction=frames[0], path=FOLDER / "x.gif", fps=5, every=1, variable=0, start=0
@@ -112,9 +117,10 @@ VALID = {
     "recipes.fno": dict(d_model=(4, 4), d_vars=1, width=4, n_layers=2, modes=(1, 2), boundary="reflect"),
     "recipes.residual_conv": dict(d_model=(4, 4, 4), d_vars=1, width=4, n_layers=2, kernel=3, boundary="periodic"),
     "rollout.rollout": dict(
-        model=model, variables=variables, history=frames, n_steps=3, return_carry=False, dt=1.0, teacher_forcing=1, segment=2
+        model=model, variables=variables, history=frames, n_steps=3, return_carry=False, dt=1.0, teacher_forcing=1, segment=2,
+        inputs=None,
     ),
-    "rollout.rollout_stream": dict(model=model, variables=variables, history=frames, n_steps=3, chunk=2, dt=1.0),
+    "rollout.rollout_stream": dict(model=model, variables=variables, history=frames, n_steps=3, chunk=2, dt=1.0, inputs=None),
     "rollout.write_rollout": dict(out=np.zeros((2, 3, 4, 1)), model=model, variables=variables, history=frames),
     "run.Plan": dict(backend="auto", segment=8),
     "s4.discretize_dplr": dict(Lambda=-poles, P=z(1, P), B=z(P), Delta=0.1),
@@ -175,7 +181,7 @@ VALID = {
 }
 for name in ("StackedSSM", "BatchStackedSSMModel"):
     VALID[f"models.{name}"] = VALID["blocks.SequenceLayer"] | dict(
-        d_model=4, d_vars=1, n_layers=1, n_steps=3, ssm_first_layer=layer, space=space.Conv(), width=4, segment=2
+        d_model=4, d_vars=1, n_layers=1, n_steps=3, ssm_first_layer=layer, space=space.Conv(), width=4, segment=2, d_inputs=1
     )
 for name in ("StackedSSM2D", "BatchStackedSSM2DModel"):
     VALID[f"models.{name}"] = VALID["models.StackedSSM"] | dict(d_model=(4, 4))
@@ -189,7 +195,7 @@ NO_DOOR = {  # public names that take nothing which could be wrong without a wor
         "scan.binary_operator", "scan.varying_as", "scan.without_axis", "system.Diagonal", "system.DiagonalBank",
         "system.DiagonalSystem", "system.System", "system.Times", "system.times_of", "training.train_step",
         "hippo.DPLRForm", "metrics.LinearForecast", "data.Normalizer", "discretization.common_dtype", "discretization.matched",
-        "discretization.scaled",
+        "discretization.scaled", "fields.Axis", "fields.Fields", "fields.date",
     ),
     "the doors themselves": (
         "checks.Array", "checks.Choice", "checks.Each", "checks.FilePath", "checks.Flag", "checks.FloatType", "checks.Function",
@@ -255,6 +261,8 @@ OTHERS = {  # what is wrong for arguments that are of no kind
     "mean": [None, (1.0, 2.0), (NAN,), "m"], "std": [None, (0.0,), (-1.0,), (NAN,), (1.0, 2.0)], "increment_std": [None, (0.0,), (NAN,)],
     "features": [None, 0, "4"], "gate": [None, "no such"], "method": [None, "no such"], "dt": [0.0, -1.0, NAN, "1"],
     "model": [None, "LRU", layer, S5SSM], "out": [None, 3, np.zeros(3), np.zeros((2, 3, 5, 1))],
+    "source": [None, 3, object(), np.ones((3, 3, 3)), np.ones((3, 3), int)], "layout": ["TWX", "TWC", "WT!", 3],
+    "share": [None, 3, (1, 1), (0,), ("a", 2), (-1, 2)],
     "grid": [None, 0, "8", 6], "parts": [None, (), "Conv", (1,), (space.Conv,)],
     "backend": [None, "no such"], "conj_sym": FLAGS, "dplr": FLAGS, "block_diagonal": FLAGS,
 }
@@ -306,7 +314,7 @@ def test_wrong_calls_of_layers_are_told(name):
 def test_wrong_calls_of_blocks_and_models_are_told():
     wrong_calls(SequenceLayer(layer, H, training=False), noise(2, L, H))
     wrong_calls(model, noise(2, L, 4, 1), "x")
-    wrong_calls(IncrementModel(model, (0.0,), (1.0,), (1.0,)), noise(2, L, 4, 1), "x")
+    wrong_calls(Forecaster(model, (0.0,), (1.0,), (1.0,)), noise(2, L, 4, 1), "x")
 
 
 def wrong_calls(module, u, name="u"):

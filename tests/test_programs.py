@@ -12,7 +12,7 @@ import pytest
 from jax import export
 from sweep import EQUAL_STEPS_ONLY, KEY, LAYERS, WHOLE_ONLY, close, enable_x64, noise
 
-from ssm_lib import LRU, S5SSM, BatchStackedSSM2DModel, BatchStackedSSMModel, IncrementModel, rollout
+from ssm_lib import LRU, S5SSM, BatchStackedSSM2DModel, BatchStackedSSMModel, Forecaster, rollout
 from ssm_lib.recipes import residual_conv
 
 each_layer = pytest.mark.parametrize("name", LAYERS | WHOLE_ONLY)
@@ -21,7 +21,7 @@ MODELS = {
     "line": (BatchStackedSSMModel(ssm, d_model=6, d_vars=2, n_layers=2, activation="full_glu"), (3, 9, 6, 2)),
     "grid": (BatchStackedSSM2DModel(ssm, d_model=(3, 2), d_vars=2, n_layers=2, activation="half_glu2", norm="batch"), (3, 9, 3, 2, 2)),
     "increment": (
-        IncrementModel(BatchStackedSSMModel(ssm, d_model=6, d_vars=2, n_layers=1), (0.0, 0.0), (1.0, 1.0), (0.1, 0.1)),
+        Forecaster(BatchStackedSSMModel(ssm, d_model=6, d_vars=2, n_layers=1), (0.0, 0.0), (1.0, 1.0), (0.1, 0.1)),
         (3, 9, 6, 2),
     ),
 }

@@ -1,0 +1,74 @@
+"""A forecaster with inputs and gaps: one answer in every way of running it, and losses that see what is there to see."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ssm_lib import LRU, BatchStackedSSMModel, Forecaster, next_frame_loss, rollout, rollout_loss, rollout_stream
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+KEY, RNG = jax.random.PRNGKey(0), np.random.default_rng(0)
+B, T, W, C, K = 2, 9, 5, 2, 3
+INNER = BatchStackedSSMModel(partial(LRU, d_hidden=6), d_model=W, d_vars=C, n_layers=1, d_inputs=K)
+MODEL = Forecaster(INNER, (1.0, -2.0), (2.0, 0.5), (0.1, 0.2), gaps=True)
+X = jnp.asarray(RNG.normal(size=(B, T, W, C)), jnp.float32)
+HOLES = jnp.where(jnp.asarray(RNG.random(X.shape) < 0.3), jnp.nan, X)
+INPUTS = jnp.asarray(RNG.normal(size=(B, T + 6, W, K)), jnp.float32)
+BOTH = jnp.concatenate([HOLES, INPUTS[:, :T]], -1)
+VARIABLES = MODEL.init(KEY, BOTH)
+
+
+@partial(jax.jit, static_argnames=("method", "all_carries"))
+def apply(*args, **options):
+    return MODEL.apply(VARIABLES, *args, **options)
+
+
+def test_pieces_steps_and_the_whole_are_one_with_gaps_masks_and_resets():
+    said = dict(mask=jnp.asarray(RNG.random((B, T)) < 0.8), reset=jnp.asarray(RNG.random((B, T)) < 0.2), dt=jnp.asarray(RNG.random((B, T)), jnp.float32))
+    whole = apply(BOTH, **said)
+    assert whole.shape == X.shape and bool(jnp.isfinite(whole).all())
+    part = lambda a, b: {name: value[:, a:b] for name, value in said.items()}
+    carry, head = apply(BOTH[:, :4], method="prefill", **part(0, 4))
+    _, tail = apply(BOTH[:, 4:], carry, method="prefill", **part(4, T))
+    np.testing.assert_allclose(jnp.concatenate([head, tail], 1), whole, atol=1e-5)
+    carry, every = MODEL.apply(VARIABLES, 2, method="initial_carry"), apply(BOTH, method="prefill", all_carries=True, **said)[0]
+    for k in range(T):
+        carry, y = apply(carry, BOTH[:, k], method="step", **{name: value[:, k] for name, value in said.items()})
+        np.testing.assert_allclose(y, whole[:, k], atol=1e-5)
+        jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), carry, jax.tree.map(lambda c, k=k: c[:, k], every))
+
+
+def test_a_rollout_and_its_stream_take_inputs_of_the_past_and_the_future():
+    history, steps = HOLES[:, :4], 6
+    future = rollout(MODEL, VARIABLES, history, steps, inputs=INPUTS[:, : 4 + steps - 1])
+    carry, y = apply(jnp.concatenate([history, INPUTS[:, :4]], -1), method="prefill")
+    frame, by_hand = y[:, -1], [y[:, -1]]
+    for k in range(4, 4 + steps - 1):
+        carry, frame = apply(carry, jnp.concatenate([frame, INPUTS[:, k]], -1), method="step")
+        by_hand.append(frame)
+    np.testing.assert_allclose(future, jnp.stack(by_hand, 1), atol=1e-5)
+    stream = rollout_stream(MODEL, VARIABLES, history, steps, chunk=4, inputs=INPUTS[:, : 4 + steps - 1])
+    np.testing.assert_allclose(np.concatenate(list(stream), 1), future, atol=1e-5)
+    steady = jnp.broadcast_to(INPUTS[:, :1], (B, 4 + steps - 1, W, K))
+    always = rollout(MODEL, VARIABLES, history, steps, inputs=INPUTS[:, :1])
+    np.testing.assert_allclose(always, rollout(MODEL, VARIABLES, history, steps, inputs=steady), atol=1e-5)
+
+
+@pytest.mark.parametrize("inputs", (None, INPUTS, INPUTS[:, :9, :2], INPUTS[:, :9, ..., :2], INPUTS[:, :9].at[0, 0].set(np.nan)))
+def test_wrong_inputs_are_told(inputs):
+    with pytest.raises(ValueError, match=r"^inputs .*expected"):
+        rollout(MODEL, VARIABLES, X[:, :4], 6, inputs=inputs)
+
+
+@pytest.mark.parametrize("loss", (next_frame_loss, partial(rollout_loss, history=3)))
+def test_losses_leave_gaps_out_and_their_slopes_are_finite(loss):
+    value, slope = jax.jit(jax.value_and_grad(lambda p: loss(MODEL, VARIABLES | {"params": p}, BOTH, KEY)))(VARIABLES["params"])
+    assert bool(jnp.isfinite(value)) and all(bool(jnp.isfinite(g).all()) and bool(jnp.any(g != 0)) for g in jax.tree.leaves(slope))
+    first = 1 if loss is next_frame_loss else 3
+    predicted = apply(BOTH)[:, :-1] if first == 1 else rollout(MODEL, VARIABLES, HOLES[:, :3], T - 3, inputs=INPUTS[:, : T - 1])
+    error = np.asarray(predicted) - np.asarray(HOLES)[:, first:]
+    np.testing.assert_allclose(value, np.nanmean(error**2), rtol=1e-5)
