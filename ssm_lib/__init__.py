@@ -36,6 +36,7 @@ from ssm_lib.projection import HiPPOCell, project_online, reconstruct
 from ssm_lib.rollout import RolloutDivergedError, rollout, rollout_stream, write_rollout
 from ssm_lib.s4 import S4, S4D, DPLRSystem
 from ssm_lib.s5 import S5SSM
+from ssm_lib.runs import Run, SaveError, load_run
 from ssm_lib.run import Plan
 from ssm_lib.scan import linear_scan, scan_in_segments
 from ssm_lib.training import (

@@ -7,9 +7,13 @@ __all__ = ['next_frame_loss', 'rollout_loss', 'parameter_groups', 'make_optimize
            'save_checkpoint', 'load_checkpoint']
 
 # %% ../nbs/41_training.ipynb #ceedc9ea
+import contextlib
 import itertools
 import json
 import os
+import signal
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -21,10 +25,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import serialization
+from jax.tree_util import keystr, tree_leaves_with_path
 
-from .checks import Array, FilePath, Function, Maybe, Number, Size, shown, takes
+from .checks import Array, FilePath, Function, Made, Maybe, Number, Size, shown, takes
 from .contract import Recurrent
 from .rollout import check_model, rollout
+from .runs import Moment, Run, digest
 
 # %% ../nbs/41_training.ipynb #593823b3
 def _frames(model, x):
@@ -161,6 +167,16 @@ def make_optimizer(
     return optax.chain(optax.clip_by_global_norm(clip), optax.multi_transform(rules, labels))
 
 # %% ../nbs/41_training.ipynb #ca1e73b2
+def _slopes(loss, variables, batch, key):
+    "((value, renewed collections), gradient of the parameters) of a loss."
+
+    def scalar_first(params):
+        out = loss({**variables, "params": params}, batch, key)
+        return out if isinstance(out, tuple) else (out, {})
+
+    return jax.value_and_grad(scalar_first, has_aux=True)(variables["params"])
+
+
 @partial(jax.jit, static_argnames=("loss", "optimizer"), donate_argnames=("state",))
 def train_step(
     loss: Callable,  # (variables, batch, key) → scalar, or (scalar, renewed collections)
@@ -171,24 +187,29 @@ def train_step(
     key: jax.Array,  # random key
 ):  # variables, state, loss value
     "One update of the parameters."
-    params = variables["params"]
-
-    def scalar_first(params):
-        out = loss({**variables, "params": params}, batch, key)
-        return out if isinstance(out, tuple) else (out, {})
-
-    (value, renewed), grads = jax.value_and_grad(scalar_first, has_aux=True)(params)
-    updates, state = optimizer.update(grads, state, params)
-    return {**variables, **renewed, "params": optax.apply_updates(params, updates)}, state, value
+    (value, renewed), grads = _slopes(loss, variables, batch, key)
+    updates, state = optimizer.update(grads, state, variables["params"])
+    return {**variables, **renewed, "params": optax.apply_updates(variables["params"], updates)}, state, value
 
 
-def _progress(batches, steps, label):
+@partial(jax.jit, static_argnames=("loss", "optimizer", "share"), donate_argnames=("state",))
+def _update(loss, optimizer, variables, state, average, batch, key, step, share):
+    "An update as `fit` makes it, with the averaged parameters, and with which gradients are not finite."
+    (value, renewed), grads = _slopes(loss, variables, batch, jax.random.fold_in(key, step))
+    updates, state = optimizer.update(grads, state, variables["params"])
+    params = optax.apply_updates(variables["params"], updates)
+    average = optax.incremental_update(params, average, 1 - share) if share else average
+    bad = jnp.stack([~jnp.isfinite(g).all() for g in jax.tree.leaves(grads)])
+    return {**variables, **renewed, "params": params}, state, average, value, bad
+
+
+def _progress(batches, steps, done, label):
     "The batches behind a progress bar, and a function that shows step and loss; plain lines without tqdm."
     try:
         from tqdm import tqdm
     except ImportError:
         return batches, lambda step, loss: print(f"{label}: step {step} of {steps}, loss {loss:.4f}", flush=True)
-    bar = tqdm(batches, total=steps, desc=label, mininterval=0.5, dynamic_ncols=True)
+    bar = tqdm(batches, total=steps, initial=done, desc=label, mininterval=0.5, dynamic_ncols=True)
     return bar, lambda step, loss: bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
 
 
@@ -200,54 +221,130 @@ def _all_finite(variables):
 class DivergedError(FloatingPointError):
     "Training met a loss or a parameter that is not finite; `variables` are the last good ones."
 
-    def __init__(self, step, good_step, variables):
+    def __init__(self, step, names, good):
+        some = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+        where = f", first in the gradients of {some}" if names else ""
         super().__init__(
-            f"loss or parameters are not finite by step {step}; the variables of step {good_step} are kept. "
+            f"loss or parameters are not finite at step {step}{where}; the variables of step {good.step} are kept. "
             "Check the batches for NaN, or lower the learning rate."
         )
-        self.variables = variables
+        self.variables = good.trained
 
 
+@contextlib.contextmanager
+def _stoppable(run):
+    "A list that is filled when the process is asked to stop, by Ctrl-C or SIGTERM; asked twice, it stops at once."
+    asked = []
+
+    def ask(number, frame):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    if run is None or threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+# %% ../nbs/41_training.ipynb #41f10001
+class _Training:
+    "A training under way: the moment of the last good look, and what a look does."
+
+    def __init__(self, moment, run, validate, show):
+        self.moment, self.run, self.validate, self.show = moment, run, validate, show
+        self.best = run.best_variables(moment) if run is not None and moment.best[0] else None
+        self.values, self.bad, self.began = [], [], time.perf_counter()
+
+    def look(self, step, variables, state, average):
+        "Raises DivergedError for what is not finite; else notes, validates and keeps the moment."
+        values, old = np.asarray(self.values, np.float32), self.moment
+        if not (np.isfinite(values).all() and _all_finite(variables)):
+            bad = np.asarray(self.bad)
+            first = int(np.argmax(bad.any(1) | ~np.isfinite(values)))
+            names = [keystr(at, simple=True, separator="/") for at, _ in tree_leaves_with_path(variables["params"])]
+            raise DivergedError(old.step + first + 1, list(itertools.compress(names, bad[first])), old)
+        said = {"step": step, "loss": float(values.mean()), "seconds": round(time.perf_counter() - self.began, 3)}
+        moment = Moment(step, variables, state, np.append(old.losses, values), old.best, average)
+        if self.validate is not None:
+            said["score"] = float(self.validate(moment.trained))
+            if said["score"] < old.best[1]:
+                moment, self.best = moment._replace(best=(step, said["score"])), moment.trained
+        self.moment, self.values, self.bad = moment, [], []
+        self.show(step, float(values[-1]))
+        if self.run is not None:
+            self.run.keep(moment, note=said)
+
+    def stop(self):
+        "Keep where it is, as it was asked to stop."
+        self.run.keep(self.moment, now=True)
+        raise KeyboardInterrupt(f"stopped at step {self.moment.step}, kept in {self.run.folder}. Start again to go on.")
+
+# %% ../nbs/41_training.ipynb #41f10003
 @takes(
     loss=Function("partial(next_frame_loss, model)"), steps=Size(), seed=Size(0), check_every=Size(),
-    save=Maybe(Function()),
+    run=Maybe(Made(Run, 'Run("runs/waves")')), validate=Maybe(Function()), patience=Maybe(Size()),
+    average=Maybe(Number(above=0, below=1)),
 )
 def fit(
     loss: Callable,  # as in train_step, e.g. partial(next_frame_loss, model)
     variables,  # where to start
-    batches: Iterable,  # batches, at least `steps` of them; a warning if they run out
+    batches: Iterable | Callable,  # batches, at least `steps` of them; or a function of the step to start from
     optimizer: optax.GradientTransformation,  # e.g. make_optimizer(…)
     steps: int,  # number of updates
     *,
-    seed: int = 0,  # of dropout
+    seed: int = 0,  # of dropout and noise
     progress: str | None = None,  # label of a progress bar; None shows none
     check_every: int = 50,  # steps between looks
-    save: Callable | None = None,  # called with the variables after each good look, e.g. a partial of save_checkpoint
+    run: Run | None = None,  # a folder in which the training lives, to go on from where it was stopped
+    validate: Callable | None = None,  # of variables, a score at each look, less is better
+    patience: int | None = None,  # stop after so many looks without a better score
+    average: float | None = None,  # e.g. 0.999: average the parameters over the updates, with this share of the past
 ):  # variables, losses (steps,)
-    "Train, watching loss and parameters. Raises DivergedError as soon as a look finds what is not finite."
-    state, keys = optimizer.init(variables["params"]), jax.random.split(jax.random.PRNGKey(seed), steps)
-    losses, good, watched = [], (0, variables), itertools.islice(batches, steps)
-    watched, show = _progress(watched, steps, progress) if progress else (watched, lambda step, loss: None)
+    """Train, watching loss and parameters. The variables are the last ones or, with `validate`, the best.
 
-    def look(step):
-        nonlocal good
-        if not (np.isfinite(np.asarray(losses[good[0] :])).all() and _all_finite(variables)):
-            raise DivergedError(step, *good)
-        show(step, float(losses[-1]))
-        good = (step, variables)
-        if save is not None:
-            save(variables)
+    Raises DivergedError as soon as a look finds what is not finite, SaveError if the run can't be kept.
+    """
+    if patience is not None and validate is None:
+        raise ValueError(f"patience is {patience} without validate; expected a score to wait for. Give validate=.")
+    params = variables["params"]
+    begin = Moment(0, variables, optimizer.init(params), np.zeros(0, np.float32), average=params if average else ())
+    with run or contextlib.nullcontext(), _stoppable(run) as asked:
+        moment = (run and run.resume(begin)) or begin
+        left = batches(moment.step) if callable(batches) else itertools.islice(batches, moment.step, None)
+        left, show = itertools.islice(left, max(0, steps - moment.step)), lambda step, loss: None
+        if progress:
+            left, show = _progress(left, steps, moment.step, progress)
+        training = _Training(moment, run, validate, show)
+        late = lambda m: validate and patience and (m.step - m.best[0]) // check_every >= patience
+        key, (done, variables, state, _, _, mean) = jax.random.PRNGKey(seed), moment
+        step = done
+        for step, batch in enumerate(() if late(moment) else left, done + 1):
+            out = _update(loss, optimizer, variables, state, mean, batch, key, np.int32(step), average)
+            variables, state, mean, value, bad = out
+            training.values.append(value), training.bad.append(bad)
+            if step % check_every == 0 or step == steps or asked:
+                training.look(step, variables, state, mean)
+                if asked:
+                    training.stop()
+                if late(training.moment):
+                    break
+        return _finished(training, step, steps, variables, state, mean)
 
-    for step, batch in enumerate(watched, 1):
-        variables, state, value = train_step(loss, optimizer, variables, state, batch, keys[step - 1])
-        losses.append(value)
-        if step % check_every == 0 or step == steps:
-            look(step)
-    if len(losses) < steps:
-        warnings.warn(f"batches ran out after {len(losses)} of {steps} steps; what was learned is kept.", stacklevel=2)
-        if good[0] < len(losses):
-            look(len(losses))
-    return variables, np.asarray(losses)
+
+def _finished(training, step, steps, variables, state, average):
+    "A last look, if batches ran out, and what `fit` returns."
+    if training.values:
+        warnings.warn(f"batches ran out after {step} of {steps} steps; what was learned is kept.", stacklevel=3)
+        training.look(step, variables, state, average)
+    if training.run is not None:
+        training.run.keep(training.moment, now=True)
+    moment = training.moment
+    return (moment.trained if training.validate is None else training.best), moment.losses
 
 # %% ../nbs/41_training.ipynb #90efce7f
 @takes(path=FilePath())
@@ -260,14 +357,18 @@ def save_checkpoint(
     "Write variables and a config to one file, atomically."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"variables": jax.tree.map(np.asarray, variables), "config": json.dumps(config)}
+    variables = jax.tree.map(np.asarray, variables)
+    content = {"variables": variables, "config": json.dumps(config), "digest": digest(variables)}
     data = serialization.msgpack_serialize(content)
-    partial_file = path.with_name(path.name + ".partial")
-    with open(partial_file, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial_file, path)
+    partial_file = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.partial")  # of this writer alone
+    try:
+        with open(partial_file, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial_file, path)
+    finally:
+        partial_file.unlink(missing_ok=True)
 
 
 @takes(path=FilePath())
@@ -277,6 +378,8 @@ def load_checkpoint(
     "Read a checkpoint. Raises ValueError if the file is not one."
     try:
         data = serialization.msgpack_restore(Path(path).read_bytes())
+        if data.get("digest", digest(data["variables"])) != digest(data["variables"]):
+            raise ValueError("its numbers are not those that were written")
         return data["variables"], json.loads(data["config"])
     except FileNotFoundError:
         raise ValueError(f"checkpoint {path} does not exist; expected a file written by save_checkpoint.") from None

@@ -20,7 +20,7 @@ import pytest
 from sweep import KEY, LAYERS, noise, quickly
 
 import ssm_lib
-from ssm_lib import S5SSM, BatchStackedSSMModel, Forecaster, SequenceLayer, open_fields, save_checkpoint, space
+from ssm_lib import S5SSM, BatchStackedSSMModel, Forecaster, Run, SequenceLayer, fit, open_fields, save_checkpoint, space
 from ssm_lib.checks import Array, Choice, Each, FilePath, Flag, FloatType, Function, Made, Maybe, Number, Size
 from ssm_lib.data import Normalizer
 
@@ -39,6 +39,7 @@ with quickly():
 FOLDER = Path(tempfile.mkdtemp())
 np.save(FOLDER / "x.npy", frames)
 save_checkpoint(FOLDER / "x.msgpack", variables)
+fit(lambda v, b, k: jnp.sum(v["params"]["w"] ** 2), {"params": {"w": jnp.ones(2)}}, [0], optax.sgd(0.1), 1, run=Run(FOLDER / "c"))
 
 FIELDS = open_fields(frames)
 
@@ -123,6 +124,8 @@ VALID = {
     "rollout.rollout_stream": dict(model=model, variables=variables, history=frames, n_steps=3, chunk=2, dt=1.0, inputs=None),
     "rollout.write_rollout": dict(out=np.zeros((2, 3, 4, 1)), model=model, variables=variables, history=frames),
     "run.Plan": dict(backend="auto", segment=8),
+    "runs.Run": dict(folder=FOLDER / "b", config={"a": 1}, every=1.0),
+    "runs.load_run": dict(folder=FOLDER / "c"),
     "s4.discretize_dplr": dict(Lambda=-poles, P=z(1, P), B=z(P), Delta=0.1),
     "s4.kernel_dplr": dict(Lambda=-poles, P=z(1, P), B=z(P), C=z(P), Delta=0.1, L=L, conj_sym=True),
     "s4.untruncate": dict(C_tilde=z(P), A_bar=0.1 * z(P, P), L=L),
@@ -168,7 +171,7 @@ VALID = {
     "system.to_pairs": dict(z=poles),
     "training.fit": dict(
         loss=lambda v, b, k: jnp.sum(v["params"]["w"] ** 2), variables={"params": {"w": jnp.ones(2)}}, batches=[0, 0],
-        optimizer=optax.sgd(0.1), steps=2, seed=0, check_every=1, save=lambda v: None,
+        optimizer=optax.sgd(0.1), steps=2, seed=0, check_every=1, run=Run(FOLDER / "a"), validate=lambda v: 1.0, patience=2, average=0.5,
     ),
     "training.load_checkpoint": dict(path=FOLDER / "x.msgpack"),
     "training.parameter_groups": dict(model=model, params=variables["params"]),
@@ -196,6 +199,7 @@ NO_DOOR = {  # public names that take nothing which could be wrong without a wor
         "system.DiagonalSystem", "system.System", "system.Times", "system.times_of", "training.train_step",
         "hippo.DPLRForm", "metrics.LinearForecast", "data.Normalizer", "discretization.common_dtype", "discretization.matched",
         "discretization.scaled", "fields.Axis", "fields.Fields", "fields.date",
+        "runs.Moment", "runs.digest", "runs.locked",
     ),
     "the doors themselves": (
         "checks.Array", "checks.Choice", "checks.Each", "checks.FilePath", "checks.Flag", "checks.FloatType", "checks.Function",
@@ -209,7 +213,7 @@ NO_DOOR = {  # public names that take nothing which could be wrong without a wor
         "s5.init_log_steps", "s5.trunc_standard_normal",
     ),
     "the command line; its files and words are tried in test_rollout": tuple(n for n in PUBLIC if n.startswith("cli.")),
-    "exceptions": ("rollout.RolloutDivergedError", "training.DivergedError"),
+    "exceptions": ("rollout.RolloutDivergedError", "runs.SaveError", "training.DivergedError"),
 }
 
 NAN = float("nan")
@@ -261,6 +265,7 @@ OTHERS = {  # what is wrong for arguments that are of no kind
     "mean": [None, (1.0, 2.0), (NAN,), "m"], "std": [None, (0.0,), (-1.0,), (NAN,), (1.0, 2.0)], "increment_std": [None, (0.0,), (NAN,)],
     "features": [None, 0, "4"], "gate": [None, "no such"], "method": [None, "no such"], "dt": [0.0, -1.0, NAN, "1"],
     "model": [None, "LRU", layer, S5SSM], "out": [None, 3, np.zeros(3), np.zeros((2, 3, 5, 1))],
+    "config": [object(), {1j: 2}, {"a": np.ones(2)}, NAN],
     "source": [None, 3, object(), np.ones((3, 3, 3)), np.ones((3, 3), int)], "layout": ["TWX", "TWC", "WT!", 3],
     "share": [None, 3, (1, 1), (0,), ("a", 2), (-1, 2)],
     "grid": [None, 0, "8", 6], "parts": [None, (), "Conv", (1,), (space.Conv,)],
@@ -296,7 +301,7 @@ def told(call, name, value):
 @pytest.mark.parametrize("name", sorted(VALID))
 def test_wrong_arguments_are_told(name):
     thing, valid = PUBLIC[name], VALID[name]
-    kinds = getattr(thing, "kinds", {})
+    kinds = getattr(thing, "kinds", getattr(thing.__init__, "kinds", {}))
     thing(**valid)
     for argument in valid:
         kind = kinds.get(argument)

@@ -28,7 +28,8 @@ def apply(*args, **options):
 
 
 def test_pieces_steps_and_the_whole_are_one_with_gaps_masks_and_resets():
-    said = dict(mask=jnp.asarray(RNG.random((B, T)) < 0.8), reset=jnp.asarray(RNG.random((B, T)) < 0.2), dt=jnp.asarray(RNG.random((B, T)), jnp.float32))
+    chance = lambda: jnp.asarray(RNG.random((B, T)), jnp.float32)
+    said = dict(mask=chance() < 0.8, reset=chance() < 0.2, dt=chance())
     whole = apply(BOTH, **said)
     assert whole.shape == X.shape and bool(jnp.isfinite(whole).all())
     part = lambda a, b: {name: value[:, a:b] for name, value in said.items()}
