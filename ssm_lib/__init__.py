@@ -19,6 +19,7 @@ from ssm_lib.dss import DSS, complex_softmax, dss_kernel, dss_ssm
 from ssm_lib.fields import Fields, area_weights, open_fields
 from ssm_lib.forecaster import Forecaster
 from ssm_lib.hippo import DPLRForm, Hippo, dplr, make_DPLR_HiPPO, make_HiPPO, make_NPLR_HiPPO
+from ssm_lib.inputs import Inputs, WithInputs, fit_inputs
 from ssm_lib.lru import LRU, LRUDynamics
 from ssm_lib.measures import nplr, transition
 from ssm_lib.metrics import fit_linear, nrmse, persistence

@@ -12,6 +12,7 @@ import json
 import os
 import time
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -141,9 +142,7 @@ class Run:
                     "expected the same. Take another folder."
                 )
         else:
-            from ssm_lib import __version__
-
-            _write(about, json.dumps({"ssm_lib": __version__, "config": self.config}, indent=1) + "\n")
+            _write(about, json.dumps({"ssm_lib": version("ssm_lib"), "config": self.config}, indent=1) + "\n")
         self.last, self.best = (self._stack.enter_context(_manager(self.folder / name, KEPT[name])) for name in KEPT)
         return self
 
@@ -195,7 +194,9 @@ def _manager(folder, keep):
     import orbax.checkpoint as ocp
 
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False, create=True)
-    return ocp.CheckpointManager(folder, options=options)
+    handlers = {name: ocp.StandardCheckpointHandler() for name in ("variables", "state", "average", "losses")}
+    handlers["about"] = ocp.JsonCheckpointHandler()
+    return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
 
 
 def _arrays(moment):
@@ -241,6 +242,25 @@ def _restore(manager, step, like):
     return Moment(**arrays | {"losses": np.asarray(arrays["losses"])}, step=step, best=tuple(about["best"]))
 
 
+def _damaged(manager, step, error):
+    why = (str(error).splitlines() or [type(error).__name__])[0][:150]
+    warnings.warn(f"the checkpoint of step {step} in {manager.directory} is damaged: {why}", stacklevel=3)
+
+
+def _newest(manager, like):
+    "The newest moment that is whole; None if there is none."
+    for step in sorted(manager.all_steps(), reverse=True):
+        moment = _restore(manager, step, like)
+        if moment is not None:
+            return moment
+    return None
+
+
+def _lines(log):
+    "The whole lines of a log; a last one without an end was not written to the end."
+    return [line for line in log.read_text(encoding="utf-8").split("\n")[:-1] if line]
+
+# %% ../nbs/38_runs.ipynb #3800000a2
 def _trained(manager, step):
     "The variables of a checkpoint, with the averaged parameters, if there are some; None if it is damaged."
     import orbax.checkpoint as ocp
@@ -255,20 +275,6 @@ def _trained(manager, step):
         _damaged(manager, step, error)
         return None
     return Moment(step, arrays["variables"], (), np.zeros(0), average=arrays.get("average", ())).trained
-
-
-def _damaged(manager, step, error):
-    why = (str(error).splitlines() or [type(error).__name__])[0][:150]
-    warnings.warn(f"the checkpoint of step {step} in {manager.directory} is damaged: {why}", stacklevel=3)
-
-
-def _newest(manager, like):
-    "The newest moment that is whole; None if there is none."
-    for step in sorted(manager.all_steps(), reverse=True):
-        moment = _restore(manager, step, like)
-        if moment is not None:
-            return moment
-    return None
 
 
 @takes(folder=FilePath())
@@ -292,8 +298,3 @@ def load_run(
                     if variables is not None:
                         return variables, config
     raise ValueError(f"folder {folder} holds no whole checkpoint; expected one in best or last. Train it first.")
-
-
-def _lines(log):
-    "The whole lines of a log; a last one without an end was not written to the end."
-    return [line for line in log.read_text(encoding="utf-8").split("\n")[:-1] if line]

@@ -20,7 +20,7 @@ import pytest
 from sweep import KEY, LAYERS, noise, quickly
 
 import ssm_lib
-from ssm_lib import S5SSM, BatchStackedSSMModel, Forecaster, Run, SequenceLayer, fit, open_fields, save_checkpoint, space
+from ssm_lib import S5SSM, BatchStackedSSMModel, Forecaster, Run, SequenceLayer, fit, fit_inputs, open_fields, save_checkpoint, space
 from ssm_lib.checks import Array, Choice, Each, FilePath, Flag, FloatType, Function, Made, Maybe, Number, Size
 from ssm_lib.data import Normalizer
 
@@ -86,6 +86,9 @@ VALID = {
     "hippo.make_HiPPO": dict(N=N),
     "hippo.make_NPLR_HiPPO": dict(N=N),
     "hippo.Hippo": dict(state_size=N, measure="legs", conj_sym=True, dplr=False, block_diagonal=True, n_blocks=2),
+    "inputs.Inputs": dict(calendar=("day",), coordinates=["x"]),
+    "inputs.WithInputs": dict(fields=FIELDS, inputs=fit_inputs(FIELDS)),
+    "inputs.fit_inputs": dict(fields=FIELDS, coordinates=()),
     "lru.apply_lru_dynamics": dict(inputs=r(L, H), discrete_lambda=poles, B_norm=z(P, H), C=z(H, P), D=r(H)),
     "lru.apply_lru_dynamics_from_ic": dict(ic=r(1, H), n_steps=3, discrete_lambda=poles, B_norm=z(P, H), C=z(H, P)),
     "lru.log_poles": dict(nu_log=r(P), theta_log=r(P), clip_eigs=False),
@@ -199,6 +202,7 @@ NO_DOOR = {  # public names that take nothing which could be wrong without a wor
         "system.DiagonalSystem", "system.System", "system.Times", "system.times_of", "training.train_step",
         "hippo.DPLRForm", "metrics.LinearForecast", "data.Normalizer", "discretization.common_dtype", "discretization.matched",
         "discretization.scaled", "fields.Axis", "fields.Fields", "fields.date",
+        "fields.is_latitude", "fields.is_longitude",
         "runs.Moment", "runs.digest", "runs.locked",
     ),
     "the doors themselves": (
@@ -265,6 +269,7 @@ OTHERS = {  # what is wrong for arguments that are of no kind
     "mean": [None, (1.0, 2.0), (NAN,), "m"], "std": [None, (0.0,), (-1.0,), (NAN,), (1.0, 2.0)], "increment_std": [None, (0.0,), (NAN,)],
     "features": [None, 0, "4"], "gate": [None, "no such"], "method": [None, "no such"], "dt": [0.0, -1.0, NAN, "1"],
     "model": [None, "LRU", layer, S5SSM], "out": [None, 3, np.zeros(3), np.zeros((2, 3, 5, 1))],
+    "calendar": [None, 3, "day"], "coordinates": [None, 3, "x"],
     "config": [object(), {1j: 2}, {"a": np.ones(2)}, NAN],
     "source": [None, 3, object(), np.ones((3, 3, 3)), np.ones((3, 3), int)], "layout": ["TWX", "TWC", "WT!", 3],
     "share": [None, 3, (1, 1), (0,), ("a", 2), (-1, 2)],

@@ -155,7 +155,8 @@ def test_imports_are_declared(module):
     tools = ("dev_requirements", "docs_requirements")
     declared = " ".join(settings[key] for key in settings if key.endswith("requirements") and key not in tools)
     known = {re.split(r"[<>=!~\[]", requirement)[0] for requirement in declared.split()}
-    known |= set(sys.stdlib_module_names) | {"ssm_lib"} | ({"PIL"} if "pillow" in known else set())
+    modules = {"pillow": "PIL", "orbax-checkpoint": "orbax"}  # named otherwise than their package
+    known |= set(sys.stdlib_module_names) | {"ssm_lib"} | {modules[name] for name in modules.keys() & known}
     wrong = [f"line {line}: {name}" for line, name in imports(module) if name.split(".")[0] not in known]
     assert not wrong, f"{module} imports what settings.ini does not ask for: {wrong}"
     wild = [f"line {line}: {name}" for line, name in imports(module) if name.endswith(".*")]
