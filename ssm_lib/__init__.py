@@ -16,6 +16,7 @@ from ssm_lib.convolution import causal_convolution, discretize_dense, kernel_den
 from ssm_lib.system import DiagonalBank, DiagonalSystem, System
 from ssm_lib.discretization import bilinear, discretize_bilinear, discretize_zoh, zoh
 from ssm_lib.dss import DSS, complex_softmax, dss_kernel, dss_ssm
+from ssm_lib.evaluation import Scores, evaluate
 from ssm_lib.fields import Fields, area_weights, open_fields
 from ssm_lib.forecaster import Forecaster
 from ssm_lib.hippo import DPLRForm, Hippo, dplr, make_DPLR_HiPPO, make_HiPPO, make_NPLR_HiPPO

@@ -201,7 +201,7 @@ def _manager(folder, keep):
 
 def _arrays(moment):
     arrays = {"variables": moment.variables, "state": moment.state, "average": moment.average}
-    return arrays | {"losses": np.asarray(moment.losses, np.float32)}
+    return arrays | {"losses": {"each": np.asarray(moment.losses, np.float32)}}
 
 
 def _holds(tree):
@@ -230,16 +230,17 @@ def _restore(manager, step, like):
 
     try:
         about = manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
-        shapes = jax.eval_shape(lambda: _arrays(like) | {"losses": np.zeros(about["losses"], np.float32)})
+        shapes = jax.eval_shape(lambda: _arrays(like._replace(losses=np.zeros(about["losses"]))))
         parts = {name: ocp.args.StandardRestore(tree) for name, tree in shapes.items() if _holds(tree)}
         found = manager.restore(step, args=ocp.args.Composite(**parts))
-        nothing = {"losses": np.zeros(0, np.float32)}
-        arrays = {name: found[name] if name in parts else nothing.get(name, getattr(like, name)) for name in shapes}
+        nothing = _arrays(like._replace(losses=np.zeros(0)))
+        arrays = {name: found[name] if name in parts else nothing[name] for name in shapes}
         _check_digests(arrays, about)
     except Exception as error:  # whatever is raised for a file that is not what it was
         _damaged(manager, step, error)
         return None
-    return Moment(**arrays | {"losses": np.asarray(arrays["losses"])}, step=step, best=tuple(about["best"]))
+    losses = np.asarray(arrays.pop("losses")["each"])
+    return Moment(**arrays, losses=losses, step=step, best=tuple(about["best"]))
 
 
 def _damaged(manager, step, error):
