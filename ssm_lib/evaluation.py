@@ -7,12 +7,13 @@ __all__ = ['mean_square_error', 'phases', 'climatology', 'baselines', 'Scores', 
 
 # %% ../nbs/47_evaluation.ipynb #47000004
 from dataclasses import dataclass
+from datetime import timedelta
 
 import numpy as np
 
 from .checks import Array, Made, Maybe, Number, Size, takes
 from .fields import Fields, area_weights
-from .inputs import Inputs
+from .inputs import Inputs, share_of
 from .rollout import check_model, rollout
 
 # %% ../nbs/47_evaluation.ipynb #47000007
@@ -25,35 +26,49 @@ def mean_square_error(
     truth: np.ndarray,  # the same shape; NaN is a gap, and left out
     axes: int,  # how many axes of space there are
     weights: np.ndarray | None = None,  # (*space,), e.g. `area_weights`; None: alike
-) -> np.ndarray:  # (…, C); NaN where nothing was observed
+) -> np.ndarray:  # (…, C); NaN where nothing was observed, infinite where a forecast is not finite
     "Over space, weighted, where there is truth."
     if prediction.shape != truth.shape:
         raise ValueError(f"prediction has shape {prediction.shape}; expected {truth.shape}, that of the truth.")
     there = np.isfinite(truth)
     weight = there * (1.0 if weights is None else np.asarray(weights, float)[..., None])
     error = np.where(there, np.asarray(prediction, float) - np.where(there, truth, 0), 0)
+    error = np.where(np.isnan(error), np.inf, error)  # a forecast that is no number is as wrong as can be
     over = tuple(range(-axes - 1, -1))
     with np.errstate(invalid="ignore"):
-        return (weight * error**2).sum(over) / weight.sum(over)
+        return np.where(weight > 0, weight * error**2, 0).sum(over) / weight.sum(over)
 
 # %% ../nbs/47_evaluation.ipynb #47000009
 _FIELDS = Made(Fields, 'open_fields("ocean.nc")')
+
+
+def _step_of_day(fields):
+    "How many steps a day has, if the data go through days in whole steps; else 0."
+    own = fields.time.values
+    if len(own) < 2 or not (own.dtype.kind == "M" or hasattr(own[0], "hour")):
+        return 0
+    day = np.timedelta64(1, "D") if own.dtype.kind == "M" else timedelta(days=1)
+    step, span = own[1] - own[0], own[-1] - own[0]
+    return int(day // step) if 2 * step < day and day // step * step == day and span + step >= day else 0
 
 
 def phases(
     fields: Fields,  # with dates, or not
     times: np.ndarray,  # of which frames
 ) -> tuple[np.ndarray, int]:  # the phase of each, and how many there are; 0 and 1 without a cycle
-    "The step of the day, or the month."
-    own = fields.time.values
-    if own.dtype.kind != "M" or len(own) < 2:
-        return np.zeros(len(times), int), 1
-    step, day = own[1] - own[0], np.timedelta64(1, "D")
-    if 2 * step < day and day % step == np.timedelta64(0) and own[-1] - own[0] + step >= day:
-        return ((times - times.astype("datetime64[D]")) // step).astype(int), int(day // step)
-    if own[-1] - own[0] >= 365 * day:
-        return times.astype("datetime64[M]").astype(int) % 12, 12
-    return np.zeros(len(times), int), 1
+    "The step of the day, where the data go through days, in the month, where they go through two years or more."
+    own, per_day = fields.time.values, _step_of_day(fields)
+    which, n = np.zeros(len(times), int), 1
+    if per_day:
+        which, n = np.floor(share_of("day", times) * per_day + 1e-6).astype(int) % per_day, per_day
+    plain = own.dtype.kind == "M"
+    if len(own) < 2 or not (plain or hasattr(own[0], "month")):
+        return which, n
+    years = (own[-1] - own[0]) / (np.timedelta64(365, "D") if plain else timedelta(days=365))
+    if years >= (2 if per_day else 0.9):
+        months = times.astype("datetime64[M]").astype(int) % 12 if plain else [t.month - 1 for t in times]
+        which, n = np.asarray(months) * n + which, 12 * n
+    return which, n
 
 
 @takes(train=_FIELDS)
@@ -71,8 +86,9 @@ def climatology(
             sums[:, which[k]] += [np.where(there, x, 0), there]
             squares += np.where(there, x, 0) ** 2
     with np.errstate(invalid="ignore"):
-        mean = sums[0] / sums[1]
-    mean = np.where(np.isfinite(mean), mean, np.nanmean(mean, tuple(range(mean.ndim - 1))))
+        mean, own, whole = (a / b for a, b in (sums, sums.sum(1), sums.sum(tuple(range(1, sums.ndim - 1)))))
+    for wider in (own, whole):  # of a phase that was never seen the mean of the place, of such a place that of all
+        mean = np.where(np.isfinite(mean), mean, wider)
     count, axes = sums[1].sum(0), tuple(range(squares.ndim - 1))
     variance = (squares - (sums[1] * mean**2).sum(0)).sum(axes) / np.maximum(count.sum(axes), 1)
     return mean, np.sqrt(np.maximum(variance, 0))
@@ -85,15 +101,14 @@ def baselines(
     mean: np.ndarray,  # (phases, *space, C), from `climatology`
 ):  # function (i, start, steps) → {name: (steps, *space, C)}
     "Forecasts of frames `start`, `start + 1`, … of a trajectory, from what is known before."
-    _, n = phases(train, train.time.values)
-    daily = n > 1 and n != 12
+    n = _step_of_day(train)
 
     def before(i, start, steps):
         times = test.time.values[start : start + steps]
         last = test[i, start - 1 : start][0]
         last = np.where(np.isfinite(last), last, mean[phases(train, test.time.values[start - 1 : start])[0][0]])
         made = {"persistence": np.repeat(last[None], steps, 0), "climatology": mean[phases(train, times)[0]]}
-        if daily and start >= n:
+        if n and start >= n:
             back = start - n + np.arange(steps) % n
             day = test[i, start - n : start][back - (start - n)]
             made["a day before"] = np.where(np.isfinite(day), day, made["climatology"])
@@ -154,6 +169,8 @@ class Scores:
         "Markdown: RMSE of each forecast at some leads, for each variable."
         T = self.mse["model"].shape[1]
         leads = leads or sorted({k for k in (1, 2, 3, 6, 12, 24, 48, 100) if k <= T} | {T})
+        if not all(1 <= k <= T for k in leads):
+            raise ValueError(f"leads are {leads}; expected numbers from 1 to {T}.")
         rows = []
         for c, (variable, unit) in enumerate(zip(self.variables, self.units)):
             head = f"{variable} ({unit})" if unit else variable
@@ -192,14 +209,16 @@ def evaluate(
     batch_size: int = 8,  # forecasts at once
 ) -> Scores:
     "Forecasts from starts all over the test data, scored beside the baselines. Raises ValueError if it is too short."
+    step = [np.diff(fields.time.values[:2]) for fields in (train, test)]
+    if train.shape[2:] != test.shape[2:] or train.variables != test.variables or (step[0] != step[1]).any():
+        raise ValueError(f"test is {test}; expected the grid, variables and step of train, {train}.")
     mean, deviation = climatology(train)
-    simple, n_phases = baselines(train, test, mean), phases(train, train.time.values)[1]
-    first = max(history, n_phases if n_phases != 12 else 1)
+    simple, first = baselines(train, test, mean), max(history, _step_of_day(train))
     room = test.shape[1] - steps - first + 1
     if room < 1:
         raise ValueError(
             f"steps is {steps} for {test.shape[1]} frames; "
-            f"expected at most {test.shape[1] - first}, after {first} that are known."
+            f"expected {steps + first} frames or more, as {first} are known before the first start."
         )
     every = every or max(1, -(-room * len(test) // 100))
     starts = [(i, k) for i in range(len(test)) for k in range(first, first + room, every)]
@@ -236,4 +255,5 @@ def _correlation(a, b, axes, weights):
     mean = lambda x: (weight * np.where(there, x, 0)).sum(over)
     with np.errstate(invalid="ignore"):
         size = np.sqrt(mean(a**2) * mean(b**2))
-        return np.where(size > 0, mean(a * b) / np.where(size > 0, size, 1), 0)
+        alike = np.where(size > 0, mean(a * b) / np.where(size > 0, size, 1), 0)
+        return np.where(weight.sum(over) > 0, alike, np.nan)

@@ -109,6 +109,11 @@ def _write(path, text):
     beside.write_text(text, encoding="utf-8")
     os.replace(beside, path)
 
+
+def _lines(log):
+    "The whole lines of a log; a last one without an end was not written to the end."
+    return [line for line in log.read_text(encoding="utf-8").split("\n")[:-1] if line]
+
 # %% ../nbs/38_runs.ipynb #3800000a
 class Run:
     """A folder in which one training lives; `fit(…, run=Run("runs/waves", config))`.
@@ -152,6 +157,9 @@ class Run:
     def resume(self, like: Moment) -> Moment | None:
         "The newest whole moment, shaped like another; None if there is none. Lines of the log after it are dropped."
         found = _newest(self.last, like)
+        for step in self.last.all_steps():
+            if step > (0 if found is None else found.step):  # damaged
+                self.last.delete(step)
         step = 0 if found is None else found.step
         log = self.folder / "log.jsonl"
         if log.exists():
@@ -214,7 +222,7 @@ def _save(manager, moment):
 
     arrays = jax.tree.map(np.asarray, _arrays(moment))
     words = {"step": moment.step, "best": [int(moment.best[0]), float(moment.best[1])], "losses": len(moment.losses)}
-    words["digests"] = {name: digest(tree) for name, tree in arrays.items()}
+    words |= {"digests": {name: digest(tree) for name, tree in arrays.items()}, "form": _form(arrays)}
     parts = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items() if _holds(tree)}
     manager.save(moment.step, args=ocp.args.Composite(about=ocp.args.JsonSave(words), **parts), force=True)
 
@@ -224,6 +232,18 @@ def _check_digests(arrays, about):
         raise ValueError("its numbers are not those that were written")
 
 
+class _OtherForm(Exception):
+    "A checkpoint that is whole, of something else."
+
+
+def _form(arrays):
+    "What variables, state and averages look like: names, shapes and dtypes."
+    own = {name: arrays[name] for name in ("variables", "state", "average")}
+    leaves = jax.tree_util.tree_leaves_with_path(own)
+    told = [(jax.tree_util.keystr(at), x.shape, str(x.dtype)) for at, x in leaves]
+    return hashlib.sha256(repr(told).encode()).hexdigest()
+
+
 def _restore(manager, step, like):
     "A moment, or None with a warning if it is damaged."
     import orbax.checkpoint as ocp
@@ -231,11 +251,18 @@ def _restore(manager, step, like):
     try:
         about = manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
         shapes = jax.eval_shape(lambda: _arrays(like._replace(losses=np.zeros(about["losses"]))))
+        if _form(shapes) != about["form"]:
+            raise _OtherForm
         parts = {name: ocp.args.StandardRestore(tree) for name, tree in shapes.items() if _holds(tree)}
         found = manager.restore(step, args=ocp.args.Composite(**parts))
         nothing = _arrays(like._replace(losses=np.zeros(0)))
         arrays = {name: found[name] if name in parts else nothing[name] for name in shapes}
         _check_digests(arrays, about)
+    except _OtherForm:
+        raise ValueError(
+            f"{manager.directory} holds the training of another model, optimiser or average; "
+            "expected the same. Take another folder."
+        ) from None
     except Exception as error:  # whatever is raised for a file that is not what it was
         _damaged(manager, step, error)
         return None
@@ -255,11 +282,6 @@ def _newest(manager, like):
         if moment is not None:
             return moment
     return None
-
-
-def _lines(log):
-    "The whole lines of a log; a last one without an end was not written to the end."
-    return [line for line in log.read_text(encoding="utf-8").split("\n")[:-1] if line]
 
 # %% ../nbs/38_runs.ipynb #3800000a2
 def _trained(manager, step):

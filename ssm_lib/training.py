@@ -260,7 +260,7 @@ class _Training:
         self.best = run.best_variables(moment) if run is not None and moment.best[0] else None
         self.values, self.bad, self.began = [], [], time.perf_counter()
 
-    def look(self, step, variables, state, average):
+    def look(self, step, variables, state, average, scored=True):
         "Raises DivergedError for what is not finite; else notes, validates and keeps the moment."
         values, old = np.asarray(self.values, np.float32), self.moment
         if not (np.isfinite(values).all() and _all_finite(variables)):
@@ -270,7 +270,7 @@ class _Training:
             raise DivergedError(old.step + first + 1, list(itertools.compress(names, bad[first])), old)
         said = {"step": step, "loss": float(values.mean()), "seconds": round(time.perf_counter() - self.began, 3)}
         moment = Moment(step, variables, state, np.append(old.losses, values), old.best, average)
-        if self.validate is not None:
+        if self.validate is not None and scored:
             said["score"] = float(self.validate(moment.trained))
             if said["score"] < old.best[1]:
                 moment, self.best = moment._replace(best=(step, said["score"])), moment.trained
@@ -328,7 +328,7 @@ def fit(
             variables, state, mean, value, bad = out
             training.values.append(value), training.bad.append(bad)
             if step % check_every == 0 or step == steps or asked:
-                training.look(step, variables, state, mean)
+                training.look(step, variables, state, mean, scored=step % check_every == 0 or step == steps)
                 if asked:
                     training.stop()
                 if late(training.moment):
@@ -343,8 +343,10 @@ def _finished(training, step, steps, variables, state, average):
         training.look(step, variables, state, average)
     if training.run is not None:
         training.run.keep(training.moment, now=True)
-    moment = training.moment
-    return (moment.trained if training.validate is None else training.best), moment.losses
+    moment, best = training.moment, training.best
+    if training.validate is not None and best is None:
+        warnings.warn("no look had a score that is finite; the last variables are returned.", stacklevel=3)
+    return (moment.trained if training.validate is None or best is None else best), moment.losses
 
 # %% ../nbs/41_training.ipynb #90efce7f
 @takes(path=FilePath())

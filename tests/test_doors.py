@@ -208,7 +208,7 @@ NO_DOOR = {  # public names that take nothing which could be wrong without a wor
         "system.DiagonalSystem", "system.System", "system.Times", "system.times_of", "training.train_step",
         "hippo.DPLRForm", "metrics.LinearForecast", "data.Normalizer", "discretization.common_dtype", "discretization.matched",
         "discretization.scaled", "evaluation.Scores", "evaluation.phases", "fields.Axis", "fields.Fields", "fields.date",
-        "fields.is_latitude", "fields.is_longitude",
+        "fields.is_latitude", "fields.is_longitude", "fields.stretch_of", "inputs.share_of",
         "runs.Moment", "runs.digest", "runs.locked",
     ),
     "the doors themselves": (
