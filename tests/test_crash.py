@@ -75,7 +75,10 @@ def end(name):
 def lives(folder, what):
     "Run a script of lives; the JSON that it prints last."
     script = LIVES + textwrap.dedent(what)
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    environment = {
+        **os.environ, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),  # a life begins sooner
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }  # fmt: skip
     made = subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True, timeout=300, env=environment)
     assert made.returncode == 0, made.stderr[-2000:]
     return json.loads(made.stdout.splitlines()[-1])
@@ -85,9 +88,10 @@ def test_fifty_kills_at_random_moments_change_no_bit(tmp_path):
     found = lives(
         tmp_path,
         """
-        chance, kills, reached, began = random.Random(0), 0, [], time.time()
-        pid = born(train, "first")
-        wait("first", 5)
+        chance, kills, reached = random.Random(0), 0, []
+        died(born(end, "first"))  # all is compiled
+        pid, began = born(train, "second"), time.time()
+        wait("second", 5)
         young = time.time() - began  # until its first checkpoint
         os.kill(pid, signal.SIGKILL)
         died(pid)

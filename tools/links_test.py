@@ -78,7 +78,7 @@ def test_links_lead_somewhere(file):
 
 
 @pytest.mark.parametrize("link", [
-    "s5.html", "#api-s5ssm", "convolution.html#api-kernel-poles", "tutorials/../s5.html?v=1#", "https://example.org/nowhere",
+    "s5.html", "#api-s5-s5ssm", "convolution.html#api-convolution-kernel-poles", "tutorials/../s5.html?v=1#", "https://example.org/nowhere",
     f"{CFG.git_url}/blob/{CFG.branch}/Makefile#L1", f"{CFG.git_url}/tree/{CFG.branch}/nbs", f"{CFG.doc_host}{CFG.doc_baseurl}",
 ])
 def test_right_links_pass(link):
