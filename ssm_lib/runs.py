@@ -223,8 +223,23 @@ def _save(manager, moment):
     arrays = jax.tree.map(np.asarray, _arrays(moment))
     words = {"step": moment.step, "best": [int(moment.best[0]), float(moment.best[1])], "losses": len(moment.losses)}
     words |= {"digests": {name: digest(tree) for name, tree in arrays.items()}, "form": _form(arrays)}
+    words["own"] = _of_words(words)
     parts = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items() if _holds(tree)}
     manager.save(moment.step, args=ocp.args.Composite(about=ocp.args.JsonSave(words), **parts), force=True)
+
+# %% ../nbs/38_runs.ipynb #3800000c2
+def _of_words(words):
+    return hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()
+
+
+def _about(manager, step):
+    "The words of a checkpoint, if they are those that were written."
+    import orbax.checkpoint as ocp
+
+    words = dict(manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about)
+    if words.pop("own") != _of_words(words):
+        raise ValueError("its words are not those that were written")
+    return words
 
 
 def _check_digests(arrays, about):
@@ -249,7 +264,7 @@ def _restore(manager, step, like):
     import orbax.checkpoint as ocp
 
     try:
-        about = manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
+        about = _about(manager, step)
         shapes = jax.eval_shape(lambda: _arrays(like._replace(losses=np.zeros(about["losses"]))))
         if _form(shapes) != about["form"]:
             raise _OtherForm
@@ -289,7 +304,7 @@ def _trained(manager, step):
     import orbax.checkpoint as ocp
 
     try:
-        about = manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
+        about = _about(manager, step)
         names = [name for name in ("variables", "average") if name in manager.item_metadata(step)]
         found = manager.restore(step, args=ocp.args.Composite(**{name: ocp.args.StandardRestore() for name in names}))
         arrays = {name: found[name] for name in names}
