@@ -9,7 +9,11 @@ here = Path(__file__).parent
 parser = ConfigParser(delimiters=["="])
 parser.read(here / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
-demo, dev, docs, bench, files = (cfg[f"{extra}_requirements"].split() for extra in ("demo", "dev", "docs", "bench", "files"))
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("pde", "plots", "files", "cli", "dev", "docs", "bench")}
+extras["cli"] += extras["plots"] + extras["files"]  # all that the command line needs
+extras["demo"] = extras["cli"] + extras["pde"]
+for name in ("dev", "bench"):
+    extras[name] += extras["demo"]
 
 
 def readme():
@@ -34,7 +38,7 @@ setup(
     packages=find_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"]),
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
-    extras_require={"demo": demo, "pde": demo, "files": files, "dev": dev + demo + files, "docs": docs, "bench": bench + demo},
+    extras_require=extras,
     entry_points={
         "console_scripts": ["ssm_lib=ssm_lib.cli:main"],
         "nbdev": ["ssm_lib=ssm_lib._modidx:d"],  # where nbdev looks names up: links between pages, links to the source

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['DTYPES', 'shown', 'known', 'Size', 'Number', 'Choice', 'Flag', 'FilePath', 'Function', 'Made', 'FloatType', 'Maybe',
            'Each', 'concrete', 'Array', 'takes', 'check_fields', 'per_axis', 'check_even', 'check_divides',
-           'check_choice', 'check_steps', 'check_length']
+           'check_choice', 'check_steps', 'check_length', 'needs']
 
 # %% ../nbs/00_checks.ipynb #1929e8e3
 import functools
+import importlib
 import inspect
 import math
 import numbers
@@ -305,3 +306,11 @@ def check_length(length: int, l_max: int | None):
         raise ValueError(
             f"u has {length} steps; expected at most l_max = {l_max}. Use prefill in pieces, or a larger l_max."
         )
+
+# %% ../nbs/00_checks.ipynb #00000d02
+def needs(module: str, why: str, packages: str, extra: str):  # the module
+    "Import what an extra brings, or say how to install it."
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise ImportError(f"{why} {packages}, of the extra {extra!r}. Install it: pip install {packages}") from None

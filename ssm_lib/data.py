@@ -4,20 +4,19 @@
 
 # %% auto #0
 __all__ = ['PDES', 'PIECE', 'check_trajectories', 'pde_trajectories', 'split_trajectories', 'Normalizer', 'fit_normalizer',
-           'windows', 'random_shift', 'window_batch', 'window_batches']
+           'windows', 'random_shift', 'window_batch', 'window_batches', 'curriculum']
 
 # %% ../nbs/42_data.ipynb #3ee5fecb
 import itertools
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from .checks import Array, Choice, Flag, Maybe, Number, Size, check_divides, shown, takes
+from .checks import Array, Choice, Flag, Maybe, Number, Size, check_divides, needs, shown, takes
 
 _POSITIVE = Number(above=0)
 
@@ -52,10 +51,7 @@ PDES = {
 # %% ../nbs/42_data.ipynb #b2ef34cb
 def _stepper(pde: str, n_dims: int, n_points: int, domain_extent: float, dt: float, substeps: int, coefficients: dict):
     "The exponax stepper of one frame, made of `substeps` inner steps."
-    try:
-        import exponax as ex
-    except ImportError as e:
-        raise ImportError('PDE trajectories need exponax. Install it: pip install exponax') from e
+    ex = needs("exponax", "PDE trajectories need", "exponax", "pde")
     kinds = {
         ("kuramoto_sivashinsky", 1): ex.stepper.KuramotoSivashinskyConservative,
         ("kuramoto_sivashinsky", 2): ex.stepper.KuramotoSivashinsky,
@@ -275,17 +271,18 @@ def window_batch(
     return _shifted(batch, _shifts(rng, batch_size, grid)[mine]) if shift else batch
 
 
-@takes(batch_size=Size(), length=Size(), start=Size(0))
+@takes(batch_size=Size(), start=Size(0))
 def window_batches(
     x: np.ndarray,  # `(M, T, *space, C)`
     batch_size: int,  # windows of a batch
-    length: int,  # frames of a window
+    length: int | Callable,  # frames of a window; or a function of the step, e.g. a `curriculum`
     *,
     start: int = 0,  # the first step, to go on from there
     **options,  # shift, seed, share, as in `window_batch`
 ) -> Iterator[np.ndarray]:  # batches `(batch_size, length, *space, C)` float32
     "The batches of all steps from `start` on, without end. The next two are read while one is used."
-    draw = partial(window_batch, x, batch_size=batch_size, length=length, **options)
+    frames = length if callable(length) else lambda step: length
+    draw = lambda step: window_batch(x, step, batch_size, frames(step), **options)
     first = draw(start)  # here, so that what is wrong is said at once
 
     def stream():
@@ -298,3 +295,21 @@ def window_batches(
                 yield batch
 
     return stream()
+
+# %% ../nbs/42_data.ipynb #42000c02
+@takes(steps=Size(), longest=Size(), history=Size(), share=Number(0, 1))
+def curriculum(
+    steps: int,  # updates of the training
+    longest: int,  # frames that are predicted in the end
+    *,
+    history: int = 1,  # frames that are given
+    share: float = 0.5,  # of the updates that are one step ahead
+) -> Callable:  # step → frames of a window, for `window_batches(length=…)`
+    "Windows that grow: to predict one frame, then 2, 4, 8 … up to `longest`, each for an equal part of what is left."
+    stages = [2**k for k in range(1, (longest - 1).bit_length())] + [longest]
+
+    def length(step):
+        part = (step / steps - share) / max(1 - share, 1e-9)
+        return history + (1 if part < 0 or longest == 1 else stages[min(int(part * len(stages)), len(stages) - 1)])
+
+    return length

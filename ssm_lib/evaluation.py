@@ -233,7 +233,7 @@ def evaluate(
             for name, frames in ({"model": made} | simple(i, k, steps)).items():
                 found.setdefault(name, []).append(mean_square_error(frames, truth, axes, weights))
                 alike.setdefault(name, []).append(_correlation(frames - usual, truth - usual, axes, weights))
-    units = tuple(str(test.attrs.get(name, {}).get("units", "")) for name in test.variables)
+    units = tuple(str(test.about(name).get("units", "")) for name in test.variables)
     gather = lambda lists: {name: np.stack(each) for name, each in lists.items()}
     return Scores(gather(found), gather(alike), np.where(deviation > 0, deviation, 1.0), test.variables, units)
 

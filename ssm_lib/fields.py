@@ -8,7 +8,6 @@ __all__ = ['LAYOUTS', 'SAMPLES', 'CHANNELS', 'TIMES', 'READERS', 'Axis', 'stretc
 
 # %% ../nbs/45_fields.ipynb #45000004
 import dataclasses
-import importlib
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .checks import Choice, Made, Maybe, Number, shown, takes
+from .checks import Choice, Made, Maybe, Number, needs, shown, takes
 
 # %% ../nbs/45_fields.ipynb #4500000b
 class Axis(NamedTuple):
@@ -94,6 +93,10 @@ class Fields:
         runs = "one series" if n == 1 else f"{n} trajectories"
         what = f"{', '.join(self.variables)} on {axes}; {runs} of {length} frames, {self.time.name} {ends}"
         return "; ".join([what, *(f"{word} {names}" for word, names in beside.items() if names)])
+
+    def about(self, variable):
+        "The attributes of a variable, e.g. its units; of a level of one, those of all its levels."
+        return self.attrs.get(variable) or self.attrs.get(variable.rpartition(" ")[0], {})
 
     def part(self, trajectories=slice(None), frames=slice(None)):
         "Some trajectories and a stretch of frames, as slices; nothing is read."
@@ -363,15 +366,8 @@ def _spread(array, dims, grid):
     return np.broadcast_to(np.asarray(ordered.values, np.float32).reshape(sizes), grid)
 
 # %% ../nbs/45_fields.ipynb #4500001a
-def _needs(module, package):
-    "A module of the extra `files`."
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise ImportError(
-            f"reading this needs {package}, of the extra `files`. "
-            f"Install it: pip install {package}"
-        ) from None
+def _needs(module, packages):
+    return needs(module, "reading this needs", packages, "files")
 
 
 def _npz(path, key):
@@ -494,17 +490,31 @@ def area_weights(
     return np.broadcast_to((weight / weight.mean()).reshape(shape), fields.shape[2:-1]).astype(np.float32)
 
 
+def _round_the_globe(axis):
+    x = np.asarray(axis.values, float)
+    step = (np.diff(x) + 180) % 360 - 180  # from 180 to −180 is a step, too
+    return len(x) > 1 and np.allclose(step, step[0], rtol=1e-3) and abs(abs(step[0]) * len(x) - 360) < 0.5 * abs(step[0])
+
+
+def _fits_round(x, axis):
+    "Whether the ends of an axis, of frames (n, *space, C), differ about as much as neighbours do."
+    beside, across = np.diff(x, axis=axis) ** 2, (np.take(x, 0, axis) - np.take(x, -1, axis)) ** 2
+    if not np.isfinite(beside).any() or not np.isfinite(across).any():
+        return False
+    return x.shape[axis] > 3 and 0.3 * np.nanmean(beside) < np.nanmean(across) < 2 * np.nanmean(beside)
+
+
 @takes(fields=Made(Fields, 'open_fields("ocean.nc")'))
 def boundaries(
     fields: Fields,
 ) -> tuple[str, ...]:  # one for each axis of space
-    'How each axis ends: "periodic" for longitudes that go round the globe, else "replicate".'
+    'How each axis ends: "periodic" or "replicate"; latitudes and longitudes by their values, others by 64 frames.'
+    n, length = fields.shape[:2]
+    some = np.unique(np.linspace(0, n * length - 1, 64).astype(int))
+    x = np.concatenate([fields[k // length, k % length : k % length + 1] for k in some]).astype(float)
     ends = []
-    for axis in fields.space:
-        numbers = axis.values.dtype.kind in "fiu"
-        x = np.asarray(axis.values, float) if numbers else np.zeros(0)
-        step = np.diff(x)
-        even = len(x) > 1 and np.allclose(step, step[0], rtol=1e-3)
-        round_ = even and is_longitude(axis) and abs(abs(step[0]) * len(x) - 360) < 0.5 * abs(step[0])
+    for k, axis in enumerate(fields.space, 1):
+        known = is_latitude(axis) or is_longitude(axis)
+        round_ = is_longitude(axis) and _round_the_globe(axis) if known else _fits_round(x, k)
         ends.append("periodic" if round_ else "replicate")
     return tuple(ends)

@@ -58,12 +58,14 @@ class Inputs:
     ----------
     calendar : cycles, of "day" and "year"
     coordinates : axes of space, by name
+    periods : (name, length) of those that go round
     static, parameters, forcings : by name, as `Fields` has them
     scales : (name, mean, deviation) of those three, and of coordinates that do not go round (name, middle, half width)
     """
 
     calendar: tuple[str, ...] = ()
     coordinates: tuple[str, ...] = ()
+    periods: tuple[tuple[str, float], ...] = ()
     static: tuple[str, ...] = ()
     parameters: tuple[str, ...] = ()
     forcings: tuple[str, ...] = ()
@@ -88,12 +90,13 @@ class Inputs:
 
     def _parts(self, fields, i, start, stop):
         scale = {name: (mean, deviation) for name, mean, deviation in self.scales}
-        missing = [name for name in (*self.static, *self.parameters, *self.forcings) if name not in scale]
+        straight = set(self.coordinates) - {name for name, _ in self.periods}
+        missing = [name for name in (*straight, *self.static, *self.parameters, *self.forcings) if name not in scale]
         if missing:
             raise ValueError(f"scales lack {missing[0]!r}; expected one for each. Make them by fit_inputs(fields, …).")
         scaled = lambda name, x: np.nan_to_num((x - scale[name][0]) / scale[name][1])  # the mean, where there is a gap
         yield from _cycles(self.calendar, fields, start, stop)
-        yield from _coordinates(self.coordinates, fields, scale)
+        yield from _coordinates(self.coordinates, fields, scale, dict(self.periods))
         for name in self.static:
             yield name, scaled(name, _of(fields, "static", name))[None]
         for name in self.parameters:
@@ -117,16 +120,16 @@ def _cycles(calendar, fields, start, stop):
         yield f"{cycle}, cosine", wave[..., 1]
 
 
-def _coordinates(names, fields, scale):
-    "Where a place is along each axis: by its scale or, without one, as sine and cosine."
+def _coordinates(names, fields, scale, periods):
+    "Where a place is along each axis: by its scale or, where it goes round, as sine and cosine."
     n = len(fields.space)
     at = {axis.name: k for k, axis in enumerate(fields.space)}
     for name in names:
         if name not in at:
             raise ValueError(f"coordinates has {name!r}; expected axes of space, of {list(at)}.")
         x = np.asarray(fields.space[at[name]].values, float)
-        if name not in scale:
-            wave = _along(_wave(x / 360), at[name], n)[None]
+        if name in periods:
+            wave = _along(_wave(x / periods[name]), at[name], n)[None]
             yield f"{name}, sine", wave[..., 0]
             yield f"{name}, cosine", wave[..., 1]
         else:
@@ -181,10 +184,14 @@ def fit_inputs(
     wrong = set(chosen) - set(all_there)
     if wrong:
         raise ValueError(f"{sorted(wrong)[0]} is no kind of input; expected some of {list(all_there)}.")
-    inputs, scales = Inputs(**all_there | chosen), []
+    inputs, scales, periods = Inputs(**all_there | chosen), [], []
     for axis, end in zip(fields.space, boundaries(fields)):
-        if axis.name in inputs.coordinates and end != "periodic":
-            x = np.asarray(axis.values, float)
+        if axis.name not in inputs.coordinates:
+            continue
+        x = np.asarray(axis.values, float)
+        if end == "periodic":
+            periods.append((axis.name, 360.0 if is_longitude(axis) else float(abs(x[1] - x[0]) * len(x))))
+        else:
             scales.append((axis.name, float(x.max() + x.min()) / 2, float(x.max() - x.min()) / 2 or 1.0))
     numbers = {
         "static": lambda name: _of(fields, "static", name),
@@ -196,7 +203,7 @@ def fit_inputs(
             x = np.asarray(read(name), float)
             deviation = np.nanstd(x)
             scales.append((name, float(np.nanmean(x)), float(deviation) if deviation > 0 else 1.0))
-    return Inputs(**all_there | chosen | {"scales": tuple(scales)})
+    return Inputs(**all_there | chosen | {"scales": tuple(scales), "periods": tuple(periods)})
 
 
 def _sample(fields, name):

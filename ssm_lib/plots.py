@@ -11,15 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from .checks import Array, FilePath, Number, Size, takes
+from .checks import Array, FilePath, Number, Size, needs, takes
 
 # %% ../nbs/44_plots.ipynb #aed5fd39
 def _pyplot():
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise ImportError('plots need matplotlib. Install it: pip install matplotlib') from None
-    return plt
+    return needs("matplotlib.pyplot", "plots need", "matplotlib", "plots")
 
 
 def _check_pair(truth, prediction, variable):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BATCH_MODELS', 'SIZES', 'WINDOW', 'WAVES', 'residual_conv', 'conv_scan', 'fno', 'conv_spectral', 'PointwisePoles',
-           'conv_s5']
+           'conv_s5', 'dense_s5']
 
 # %% ../nbs/32_recipes.ipynb #b4cebe33
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ from .contract import SSMLayer
 from .discretization import matched, scaled, zoh
 from .hippo import dplr
 from .models import BatchStackedSSM2DModel, BatchStackedSSM3DModel, BatchStackedSSMModel
-from .s5 import init_log_steps
-from .space import BOUNDARIES, Around, Chain, Conv, Map, Mean, Scan, Space, Spectral, Sum
+from .s5 import S5SSM, init_log_steps
+from .space import BOUNDARIES, Around, Chain, Conv, Dense, Map, Mean, Scan, Space, Spectral, Sum
 from .system import Diagonal
 
 # %% ../nbs/32_recipes.ipynb #78c7bbba
@@ -175,8 +175,27 @@ def conv_s5(
     dt_max: float = 0.1,
 ):  # a Batch model
     "ConvS5: a field of states at every place, convolutions into it and out of it (Smith et al. 2023)."
+    check_steps(dt_min, dt_max)
     conv = partial(Conv, kernel=kernel, boundary=boundary)
     space = Around((conv(features=2 * d_hidden), Chain((conv(features=width), Map(nn.gelu)))))
     layer = partial(PointwisePoles, dt_min=dt_min, dt_max=dt_max)
     sizes = dict(d_vars=d_vars, width=width, n_layers=n_layers)
     return _stack(d_model, layer, space, norm="layer", activation="none", **sizes)
+
+# %% ../nbs/32_recipes.ipynb #32000d02
+@takes(d_model=Each(Size()), d_vars=Size(), width=Maybe(Size()), n_layers=Size(), d_hidden=Size(), blocks=Size())
+def dense_s5(
+    d_model,  # shape of the grid
+    d_vars: int,  # variables of a frame
+    width: int | None = None,  # features of a frame; None: as many as it has numbers
+    d_hidden: int = 64,  # states of a layer
+    n_layers: int = 4,  # blocks
+    blocks: int = 8,  # of HiPPO matrices that the poles begin as
+    dt_min: float = 0.3,  # range of the initial steps
+    dt_max: float = 3.0,
+):  # a Batch model
+    "S5 on whole frames: one state for all places (Smith et al. 2023)."
+    check_steps(dt_min, dt_max)
+    layer = partial(S5SSM, d_hidden=d_hidden, blocks=blocks, dt_min=dt_min, dt_max=dt_max, clip_eigs=True)
+    sizes = dict(d_vars=d_vars, width=width, n_layers=n_layers)
+    return _stack(d_model, layer, Dense(), norm="layer", activation="full_glu", **sizes)

@@ -27,7 +27,7 @@ import optax
 from flax import serialization
 from jax.tree_util import keystr, tree_leaves_with_path
 
-from .checks import Array, FilePath, Function, Made, Maybe, Number, Size, shown, takes
+from .checks import Array, FilePath, Flag, Function, Made, Maybe, Number, Size, shown, takes
 from .contract import Recurrent
 from .rollout import check_model, rollout
 from .runs import Moment, Run, digest
@@ -47,6 +47,12 @@ def _mean_square(error, model):
     return jnp.sum(jnp.where(there, error, 0) ** 2) / jnp.maximum(jnp.sum(there), 1)
 
 
+def _noisy(frames, noise, key):
+    return frames if noise is None else frames + jnp.asarray(noise, frames.dtype) * jax.random.normal(
+        key, frames.shape, frames.dtype
+    )
+
+
 @takes(
     model=check_model, x=Array("(B, T, *space, C)"), scale=Array("(…)", "reals", low=0),
     noise=Maybe(Array("(…)", "reals", low=0)),
@@ -62,29 +68,36 @@ def next_frame_loss(
     "Mean squared error of y[k] against x[k+1], at every position."
     statistics = [name for name in variables if name == "batch_stats"]
     frames, inputs = _frames(model, x)
-    seen = frames[:, :-1]
-    if noise is not None:
-        seen = seen + jnp.asarray(noise, seen.dtype) * jax.random.normal(key, seen.shape, seen.dtype)
-    seen = jnp.concatenate([seen, inputs[:, :-1]], -1)
+    seen = jnp.concatenate([_noisy(frames[:, :-1], noise, key), inputs[:, :-1]], -1)
     y, updated = model.apply(variables, seen, rngs={"dropout": key}, mutable=statistics)
     loss = _mean_square((y - frames[:, 1:]) / scale, model)
     return (loss, updated) if statistics else loss
 
 
-@takes(model=check_model, x=Array("(B, T, *space, C)"), scale=Array("(…)", "reals", low=0), history=Size())
+@takes(
+    model=check_model, x=Array("(B, T, *space, C)"), scale=Array("(…)", "reals", low=0), history=Size(),
+    noise=Maybe(Array("(…)", "reals", low=0)), pushforward=Flag(),
+)
 def rollout_loss(
     model,  # a Batch model of the contract
     variables,  # its variables
     x: jax.Array,  # (B, T, *space, C) windows
-    key: jax.Array,  # not used: a rollout runs without dropout
+    key: jax.Array,  # random key, for noise; a rollout runs without dropout
     scale: float = 1.0,  # unit of the error
     history: int = 1,  # frames given; the other T − history are predicted
+    noise: float | None = None,  # deviation of noise on the frames given, in the unit of x; or one a variable
+    pushforward: bool = False,  # compare the last frame alone, and let the gradient through its step alone
 ) -> jax.Array:  # scalar
-    "Mean squared error of a rollout against the rest of the window."
+    "Mean squared error of a rollout against the rest of the window; `pushforward` as Brandstetter et al. 2022, §3.1."
     frames, inputs = _frames(model, x)
-    inputs = inputs[:, :-1] if inputs.shape[-1] else None
-    future = rollout(model, variables, frames[:, :history], x.shape[1] - history, inputs=inputs)
-    return _mean_square((future - frames[:, history:]) / scale, model)
+    inputs, steps = inputs[:, :-1] if inputs.shape[-1] else None, x.shape[1] - history
+    given, truth = _noisy(frames[:, :history], noise, key), frames[:, history:]
+    if not pushforward or steps == 1:
+        return _mean_square((rollout(model, variables, given, steps, inputs=inputs) - truth) / scale, model)
+    early, late = (None, None) if inputs is None else (inputs[:, :-1], inputs[:, -1:])
+    made, carry = rollout(model, variables, given, steps - 1, inputs=early, return_carry=True)
+    made, carry = jax.lax.stop_gradient((made[:, -1:], carry))
+    return _mean_square((rollout(model, variables, made, 1, carry=carry, inputs=late) - truth[:, -1:]) / scale, model)
 
 # %% ../nbs/41_training.ipynb #d642c3a8
 def _check_trained(model, example):
@@ -135,7 +148,7 @@ def parameter_groups(
 # %% ../nbs/41_training.ipynb #874809d7
 @takes(
     learning_rate=Number(above=0), steps=Size(), ssm_learning_rate=Maybe(Number(0)),
-    weight_decay=Number(0), warmup=Number(0, 1), clip=Number(above=0),
+    weight_decay=Number(0), warmup=Number(0, 1), clip=Number(above=0), accumulate=Size(),
 )
 def make_optimizer(
     model: nn.Module,  # what is trained: its layers say which of their parameters are poles
@@ -146,12 +159,14 @@ def make_optimizer(
     weight_decay: float = 1e-4,  # of matrices only
     warmup: float = 0.05,  # share of the steps that warm up
     clip: float = 1.0,  # global norm of the gradient
+    accumulate: int = 1,  # batches whose mean gradient makes one move, where one batch of that size finds no room
     example=None,  # an input, or its shape, for a model of your own
 ) -> optax.GradientTransformation:
     "AdamW with parameter groups, warm-up, cosine decay and clipping (Smith et al. 2023, S5, appendix G.2)."
     _check_trained(model, example)
-    rise, groups = max(1, int(warmup * steps)), {}
-    schedule = lambda peak: optax.warmup_cosine_decay_schedule(0.0, peak, rise, max(2, steps), peak * 0.01)
+    moves, groups = -(-steps // accumulate), {}
+    rise = max(1, int(warmup * moves))
+    schedule = lambda peak: optax.warmup_cosine_decay_schedule(0.0, peak, rise, max(2, moves), peak * 0.01)
 
     def labels(params):
         tree = jax.tree.structure(params)
@@ -164,7 +179,8 @@ def make_optimizer(
         "plain": optax.adam(schedule(learning_rate)),
         "decayed": optax.adamw(schedule(learning_rate), weight_decay=weight_decay),
     }
-    return optax.chain(optax.clip_by_global_norm(clip), optax.multi_transform(rules, labels))
+    rule = optax.chain(optax.clip_by_global_norm(clip), optax.multi_transform(rules, labels))
+    return optax.MultiSteps(rule, accumulate).gradient_transformation() if accumulate > 1 else rule
 
 # %% ../nbs/41_training.ipynb #ca1e73b2
 def _slopes(loss, variables, batch, key):
@@ -203,14 +219,23 @@ def _update(loss, optimizer, variables, state, average, batch, key, step, share)
     return {**variables, **renewed, "params": params}, state, average, value, bad
 
 
-def _progress(batches, steps, done, label):
-    "The batches behind a progress bar, and a function that shows step and loss; plain lines without tqdm."
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return batches, lambda step, loss: print(f"{label}: step {step} of {steps}, loss {loss:.4f}", flush=True)
-    bar = tqdm(batches, total=steps, initial=done, desc=label, mininterval=0.5, dynamic_ncols=True)
-    return bar, lambda step, loss: bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+@contextlib.contextmanager
+def _progress(label, steps):
+    "A function that is told step and, at a look, loss, and shows them: a bar in a terminal, elsewhere some lines."
+    from rich import progress  # Flax needs it
+
+    columns = ("{task.description}", progress.BarColumn(), progress.MofNCompleteColumn(), progress.TimeRemainingColumn())
+    with progress.Progress(*columns, "{task.fields[loss]}", disable=not label) as bar:
+        task, said = bar.add_task(label or "", total=steps, loss=""), [time.monotonic()]
+
+        def show(step, loss=None):
+            bar.update(task, completed=step, **({} if loss is None else {"loss": f"loss {loss:.4g}"}))
+            now = time.monotonic()
+            if label and loss is not None and not bar.console.is_terminal and (step == steps or now - said[0] > 10):
+                print(f"{label}: step {step} of {steps}, loss {loss:.4g}", flush=True)
+                said[0] = now
+
+        yield show
 
 
 @jax.jit
@@ -253,10 +278,10 @@ def _stoppable(run):
 
 # %% ../nbs/41_training.ipynb #41f10001
 class _Training:
-    "A training under way: the moment of the last good look, and what a look does."
+    "A training under way: the moment of the last good look, what a look does, and how it ends."
 
-    def __init__(self, moment, run, validate, show):
-        self.moment, self.run, self.validate, self.show = moment, run, validate, show
+    def __init__(self, moment, run, validate, show, report):
+        self.moment, self.run, self.validate, self.show, self.report = moment, run, validate, show, report
         self.best = run.best_variables(moment) if run is not None and moment.best[0] else None
         self.values, self.bad, self.began = [], [], time.perf_counter()
 
@@ -276,6 +301,8 @@ class _Training:
                 moment, self.best = moment._replace(best=(step, said["score"])), moment.trained
         self.moment, self.values, self.bad = moment, [], []
         self.show(step, float(values[-1]))
+        if self.report is not None:
+            self.report(said)
         if self.run is not None:
             self.run.keep(moment, note=said)
 
@@ -284,11 +311,22 @@ class _Training:
         self.run.keep(self.moment, now=True)
         raise KeyboardInterrupt(f"stopped at step {self.moment.step}, kept in {self.run.folder}. Start again to go on.")
 
+    def end(self, step, steps, *now):
+        "A last look, if batches ran out; what `fit` returns."
+        if self.values:
+            warnings.warn(f"batches ran out after {step} of {steps} steps; what was learned is kept.", stacklevel=4)
+            self.look(step, *now)
+        if self.run is not None:
+            self.run.keep(self.moment, now=True)
+        if self.validate is not None and self.best is None:
+            warnings.warn("no look had a score that is finite; the last variables are returned.", stacklevel=4)
+        return (self.moment.trained if self.best is None else self.best), self.moment.losses
+
 # %% ../nbs/41_training.ipynb #41f10003
 @takes(
     loss=Function("partial(next_frame_loss, model)"), steps=Size(), seed=Size(0), check_every=Size(),
     run=Maybe(Made(Run, 'Run("runs/waves")')), validate=Maybe(Function()), patience=Maybe(Size()),
-    average=Maybe(Number(above=0, below=1)),
+    average=Maybe(Number(above=0, below=1)), report=Maybe(Function()),
 )
 def fit(
     loss: Callable,  # as in train_step, e.g. partial(next_frame_loss, model)
@@ -304,6 +342,7 @@ def fit(
     validate: Callable | None = None,  # of variables, a score at each look, less is better
     patience: int | None = None,  # stop after so many looks without a better score
     average: float | None = None,  # e.g. 0.999: average the parameters over the updates, with this share of the past
+    report: Callable | None = None,  # of each look's step, loss, seconds and score, as a dict
 ):  # variables, losses (steps,)
     """Train, watching loss and parameters. The variables are the last ones or, with `validate`, the best.
 
@@ -313,13 +352,11 @@ def fit(
         raise ValueError(f"patience is {patience} without validate; expected a score to wait for. Give validate=.")
     params = variables["params"]
     begin = Moment(0, variables, optimizer.init(params), np.zeros(0, np.float32), average=params if average else ())
-    with run or contextlib.nullcontext(), _stoppable(run) as asked:
+    with run or contextlib.nullcontext(), _stoppable(run) as asked, _progress(progress, steps) as show:
         moment = (run and run.resume(begin)) or begin
         left = batches(moment.step) if callable(batches) else itertools.islice(batches, moment.step, None)
-        left, show = itertools.islice(left, max(0, steps - moment.step)), lambda step, loss: None
-        if progress:
-            left, show = _progress(left, steps, moment.step, progress)
-        training = _Training(moment, run, validate, show)
+        left = itertools.islice(left, max(0, steps - moment.step))
+        training = _Training(moment, run, validate, show, report)
         late = lambda m: validate and patience and (m.step - m.best[0]) // check_every >= patience
         key, (done, variables, state, _, _, mean) = jax.random.PRNGKey(seed), moment
         step = done
@@ -327,26 +364,14 @@ def fit(
             out = _update(loss, optimizer, variables, state, mean, batch, key, np.int32(step), average)
             variables, state, mean, value, bad = out
             training.values.append(value), training.bad.append(bad)
+            show(step)
             if step % check_every == 0 or step == steps or asked:
                 training.look(step, variables, state, mean, scored=step % check_every == 0 or step == steps)
                 if asked:
                     training.stop()
                 if late(training.moment):
                     break
-        return _finished(training, step, steps, variables, state, mean)
-
-
-def _finished(training, step, steps, variables, state, average):
-    "A last look, if batches ran out, and what `fit` returns."
-    if training.values:
-        warnings.warn(f"batches ran out after {step} of {steps} steps; what was learned is kept.", stacklevel=3)
-        training.look(step, variables, state, average)
-    if training.run is not None:
-        training.run.keep(training.moment, now=True)
-    moment, best = training.moment, training.best
-    if training.validate is not None and best is None:
-        warnings.warn("no look had a score that is finite; the last variables are returned.", stacklevel=3)
-    return (moment.trained if training.validate is None or best is None else best), moment.losses
+        return training.end(step, steps, variables, state, mean)
 
 # %% ../nbs/41_training.ipynb #90efce7f
 @takes(path=FilePath())

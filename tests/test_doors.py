@@ -64,6 +64,7 @@ VALID = {
     "data.random_shift": dict(rng=np.random.default_rng(0), batch=frames),
     "data.split_trajectories": dict(x=frames, test=0.5, seed=0),
     "data.fit_normalizer": dict(x=frames, gaps=True),
+    "data.curriculum": dict(steps=10, longest=4, history=2, share=0.5),
     "data.window_batches": dict(x=frames, batch_size=1, length=2, start=0),
     "data.windows": dict(x=frames, length=2, stride=1),
     "data.check_trajectories": dict(x=frames),
@@ -124,6 +125,9 @@ VALID = {
         d_model=8, d_vars=1, width=4, n_layers=2, kernel=3, modes=2, boundary="reflect", mean=True,
     ),
     "recipes.conv_spectral": dict(d_model=(4, 4), d_vars=1, width=4, n_layers=2, kernel=3, modes=1, boundary="reflect"),
+    "recipes.dense_s5": dict(
+        d_model=8, d_vars=1, width=4, d_hidden=8, n_layers=2, blocks=2, dt_min=0.1, dt_max=1.0
+    ),
     "recipes.fno": dict(d_model=(4, 4), d_vars=1, width=4, n_layers=2, modes=(1, 2), boundary="reflect"),
     "recipes.residual_conv": dict(d_model=(4, 4, 4), d_vars=1, width=4, n_layers=2, kernel=3, boundary="periodic"),
     "rollout.rollout": dict(
@@ -186,10 +190,10 @@ VALID = {
     "training.parameter_groups": dict(model=model, params=variables["params"]),
     "training.save_checkpoint": dict(path=FOLDER / "y.msgpack", variables=variables),
     "training.make_optimizer": dict(
-        model=model, learning_rate=1e-3, steps=10, ssm_learning_rate=1e-3, weight_decay=0.1, warmup=0.1, clip=1.0
+        model=model, learning_rate=1e-3, steps=10, ssm_learning_rate=1e-3, weight_decay=0.1, warmup=0.1, clip=1.0, accumulate=2
     ),
     "training.next_frame_loss": dict(model=model, variables=variables, x=frames, key=KEY, scale=1.0, noise=0.1),
-    "training.rollout_loss": dict(model=model, variables=variables, x=frames, key=KEY, scale=1.0, history=2),
+    "training.rollout_loss": dict(model=model, variables=variables, x=frames, key=KEY, scale=1.0, history=2, noise=0.1, pushforward=True),
 }
 for name in ("StackedSSM", "BatchStackedSSMModel"):
     VALID[f"models.{name}"] = VALID["blocks.SequenceLayer"] | dict(
@@ -215,7 +219,7 @@ NO_DOOR = {  # public names that take nothing which could be wrong without a wor
         "checks.Array", "checks.Choice", "checks.Each", "checks.FilePath", "checks.Flag", "checks.FloatType", "checks.Function",
         "checks.Made", "checks.Maybe", "checks.Number", "checks.Size", "checks.check_choice", "checks.check_divides",
         "checks.check_fields", "checks.per_axis",
-        "checks.check_length", "checks.check_steps", "checks.concrete", "checks.known", "checks.shown", "checks.takes",
+        "checks.check_length", "checks.check_steps", "checks.concrete", "checks.known", "checks.needs", "checks.shown", "checks.takes",
         "rollout.check_model",
     ),
     "initialisers, called by Flax": (
@@ -279,6 +283,7 @@ OTHERS = {  # what is wrong for arguments that are of no kind
     "calendar": [None, 3, "day"], "coordinates": [None, 3, "x"],
     "config": [object(), {1j: 2}, {"a": np.ones(2)}, NAN],
     "source": [None, 3, object(), np.ones((3, 3, 3)), np.ones((3, 3), int)], "layout": ["TWX", "TWC", "WT!", 3],
+    "length": [None, 0, "8", 2.5, 1000],
     "share": [None, 3, (1, 1), (0,), ("a", 2), (-1, 2)],
     "grid": [None, 0, "8", 6], "parts": [None, (), "Conv", (1,), (space.Conv,)],
     "backend": [None, "no such"], "conj_sym": FLAGS, "dplr": FLAGS, "block_diagonal": FLAGS,

@@ -70,6 +70,7 @@ RECIPES = {
     "conv_s5": recipes.conv_s5((6, 5), 2, width=4, d_hidden=3, n_layers=1),
     "conv_scan": recipes.conv_scan((6, 5), 2, width=4, n_layers=1, mean=True),
     "conv_spectral": recipes.conv_spectral((6, 5), 2, width=4, n_layers=1, modes=1),
+    "dense_s5": recipes.dense_s5((6, 5), 2, d_hidden=8, n_layers=1, blocks=2),
     "fno": recipes.fno((6, 5), 2, width=4, n_layers=1, modes=1),
     "residual_conv": recipes.residual_conv((6, 5), 2, width=4, n_layers=1),
 }
@@ -78,7 +79,9 @@ RECIPES = {
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes(name):
     model = RECIPES[name]
-    assert on_grid(model, (6, 5)) is model and on_grid(model, (12, 10)).grid == (12, 10)
+    assert on_grid(model, (6, 5)) is model
+    if name != "dense_s5":  # its maps belong to their grid
+        assert on_grid(model, (12, 10)).grid == (12, 10)
     laws_of_time(model, 1e-5)
 
 
