@@ -128,6 +128,7 @@ class Scores:
     deviation : (C,) deviation of the data from climatology
     variables : names of the C
     units : of each
+    starts : (trajectory, frame) at which each forecast begins
     """
 
     mse: dict
@@ -135,6 +136,7 @@ class Scores:
     deviation: np.ndarray
     variables: tuple[str, ...]
     units: tuple[str, ...]
+    starts: tuple = ()
 
     def rmse(self, name="model"):
         "(T, C) in units of the data."
@@ -194,7 +196,7 @@ class Scores:
 # %% ../nbs/47_evaluation.ipynb #4700000d
 @takes(
     model=check_model, train=_FIELDS, test=_FIELDS, inputs=Maybe(Made(Inputs, "fit_inputs(fields)")),
-    steps=Size(), history=Size(), every=Maybe(Size()), batch_size=Size(),
+    steps=Size(), history=Size(), every=Maybe(Size()), batch_size=Size(), others=Maybe(Made(dict, '{"mine": forecast}')),
 )
 def evaluate(
     model,  # a Batch model, e.g. a `Forecaster`
@@ -207,10 +209,12 @@ def evaluate(
     history: int = 1,  # frames it is given
     every: int | None = None,  # frames from start to start; None: about a hundred starts
     batch_size: int = 8,  # forecasts at once
+    others: dict | None = None,  # name → forecast of your own: (history (B, T0, *space, C), steps) → (B, steps, …)
 ) -> Scores:
     "Forecasts from starts all over the test data, scored beside the baselines. Raises ValueError if it is too short."
     step = [np.diff(fields.time.values[:2]) for fields in (train, test)]
-    if train.shape[2:] != test.shape[2:] or train.variables != test.variables or (step[0] != step[1]).any():
+    same = np.allclose(*step, rtol=1e-3) if step[0].dtype.kind in "fiu" else (step[0] == step[1]).all()
+    if train.shape[2:] != test.shape[2:] or train.variables != test.variables or not same:
         raise ValueError(f"test is {test}; expected the grid, variables and step of train, {train}.")
     mean, deviation = climatology(train)
     simple, first = baselines(train, test, mean), max(history, _step_of_day(train))
@@ -226,22 +230,24 @@ def evaluate(
     for at in range(0, len(starts), batch_size):
         some = starts[at : at + batch_size]
         full = some + some[-1:] * (batch_size - len(some))  # always of one shape, to be compiled once
-        future = _forecasts(model, variables, test, inputs, full, steps, history)
-        for (i, k), made in zip(some, future):
+        past = np.stack([test[i, k - history : k] for i, k in full])
+        future = {"model": _forecasts(model, variables, past, test, inputs, full, steps)}
+        future |= {name: np.asarray(own(past, steps)) for name, own in (others or {}).items()}
+        for n, (i, k) in enumerate(some):
             truth = test[i, k : k + steps]
             usual = mean[phases(train, test.time.values[k : k + steps])[0]]
-            for name, frames in ({"model": made} | simple(i, k, steps)).items():
+            for name, frames in ({name: each[n] for name, each in future.items()} | simple(i, k, steps)).items():
                 found.setdefault(name, []).append(mean_square_error(frames, truth, axes, weights))
                 alike.setdefault(name, []).append(_correlation(frames - usual, truth - usual, axes, weights))
     units = tuple(str(test.about(name).get("units", "")) for name in test.variables)
     gather = lambda lists: {name: np.stack(each) for name, each in lists.items()}
-    return Scores(gather(found), gather(alike), np.where(deviation > 0, deviation, 1.0), test.variables, units)
+    deviation = np.where(deviation > 0, deviation, 1.0)
+    return Scores(gather(found), gather(alike), deviation, test.variables, units, tuple(starts))
 
 
-def _forecasts(model, variables, test, inputs, starts, steps, history):
+def _forecasts(model, variables, past, test, inputs, starts, steps):
     "Rollouts from some starts, (B, steps, *space, C)."
-    past = np.stack([test[i, k - history : k] for i, k in starts])
-    beside = None
+    beside, history = None, past.shape[1]
     if inputs is not None and inputs.names(test):
         beside = np.stack([inputs.read(test, i, k - history, k + steps - 1) for i, k in starts])
     return np.asarray(rollout(model, variables, past, steps, inputs=beside, check=False))

@@ -173,6 +173,8 @@ def _cycles_seen(fields):
 @takes(fields=Made(Fields, 'open_fields("ocean.nc")'))
 def fit_inputs(
     fields: Fields,  # to learn from
+    *,
+    ends: tuple | None = None,  # how each axis ends; None: `boundaries`
     **chosen,  # fields of `Inputs`, by name: instead of all there is
 ) -> Inputs:
     "All that is known beside the fields, or what is chosen of it, with the scales of what has a unit."
@@ -185,7 +187,7 @@ def fit_inputs(
     if wrong:
         raise ValueError(f"{sorted(wrong)[0]} is no kind of input; expected some of {list(all_there)}.")
     inputs, scales, periods = Inputs(**all_there | chosen), [], []
-    for axis, end in zip(fields.space, boundaries(fields)):
+    for axis, end in zip(fields.space, ends or boundaries(fields)):
         if axis.name not in inputs.coordinates:
             continue
         x = np.asarray(axis.values, float)
