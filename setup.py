@@ -9,11 +9,11 @@ here = Path(__file__).parent
 parser = ConfigParser(delimiters=["="])
 parser.read(here / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
-extras = {name: cfg[f"{name}_requirements"].split() for name in ("pde", "plots", "files", "cli", "dev", "docs", "bench")}
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("pde", "plots", "files", "cli", "tensorboard", "dev", "docs", "bench")}
 extras["cli"] += extras["plots"] + extras["files"]  # all that the command line needs
 extras["demo"] = extras["cli"] + extras["pde"]
 for name in ("dev", "bench"):
-    extras[name] += extras["demo"]
+    extras[name] += extras["demo"] + (extras["tensorboard"] if name == "dev" else [])
 
 
 def readme():

@@ -3,7 +3,10 @@
 __version__ = "0.1.0"
 
 from ssm_lib.blocks import SequenceLayer
+from ssm_lib.contract import Recurrent, SSMLayer
+from ssm_lib.convolution import causal_convolution, discretize_dense, kernel_dense, run_dense
 from ssm_lib.data import (
+    curriculum,
     fit_normalizer,
     pde_trajectories,
     split_trajectories,
@@ -11,14 +14,12 @@ from ssm_lib.data import (
     window_batches,
     windows,
 )
-from ssm_lib.contract import Recurrent, SSMLayer
-from ssm_lib.convolution import causal_convolution, discretize_dense, kernel_dense, run_dense
-from ssm_lib.system import DiagonalBank, DiagonalSystem, System
 from ssm_lib.discretization import bilinear, discretize_bilinear, discretize_zoh, zoh
 from ssm_lib.dss import DSS, complex_softmax, dss_kernel, dss_ssm
 from ssm_lib.evaluation import Scores, evaluate
 from ssm_lib.fields import Fields, area_weights, open_fields
 from ssm_lib.forecaster import Forecaster
+from ssm_lib.forecasts import save_forecasts
 from ssm_lib.hippo import DPLRForm, Hippo, dplr, make_DPLR_HiPPO, make_HiPPO, make_NPLR_HiPPO
 from ssm_lib.inputs import Inputs, WithInputs, fit_inputs
 from ssm_lib.lru import LRU, LRUDynamics
@@ -33,14 +34,25 @@ from ssm_lib.models import (
     StackedSSM3D,
     on_grid,
 )
+from ssm_lib.pipeline import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    TrainingConfig,
+    evaluate_run,
+    open_run,
+    resolve,
+    train_run,
+)
 from ssm_lib.plots import animate_rollout, plot_errors, plot_rollout
 from ssm_lib.projection import HiPPOCell, project_online, reconstruct
 from ssm_lib.rollout import RolloutDivergedError, rollout, rollout_stream, write_rollout
+from ssm_lib.run import Plan
+from ssm_lib.runs import Run, SaveError, load_run
 from ssm_lib.s4 import S4, S4D, DPLRSystem
 from ssm_lib.s5 import S5SSM
-from ssm_lib.runs import Run, SaveError, load_run
-from ssm_lib.run import Plan
 from ssm_lib.scan import linear_scan, scan_in_segments
+from ssm_lib.system import DiagonalBank, DiagonalSystem, System
 from ssm_lib.training import (
     DivergedError,
     fit,

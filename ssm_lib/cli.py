@@ -8,9 +8,12 @@ __all__ = ['DEMOS', 'COMMANDS', 'ABOUT', 'Inspect', 'Train', 'Evaluate', 'draw',
 # %% ../nbs/50_cli.ipynb #76a04c1d
 import contextlib
 import dataclasses
+import functools
 import io
+import itertools
 import json
-import os
+import operator
+import re
 import signal
 import sys
 import time
@@ -18,7 +21,7 @@ import warnings
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Literal, Union
+from typing import Annotated, Literal
 
 import jax
 import numpy as np
@@ -29,22 +32,23 @@ from .data import pde_trajectories
 from .fields import Fields, date
 from .forecasts import check_output, save_forecasts
 from .metrics import fit_linear
-from .pipeline import DataPlan, ModelPlan, Plan, TrainingPlan
+from .pipeline import DataConfig, ModelConfig, Config, TrainingConfig
 from .plots import animate_rollout, plot_errors, plot_rollout, save_figure
 from .rollout import rollout
 from .runs import check_folder
 
 # %% ../nbs/50_cli.ipynb #50000003
-def _facts(plan, fields):
+def _facts(config, fields):
     "What is in the data, and what would be done with it, line by line."
-    own, valid, test = pipeline.cut(plan, fields)
-    found, t = plan.found, plan.training
+    own, valid, test = pipeline.cut(config, fields)
+    found, t = config.found, config.training
     yield str(fields)
     for name, mean, std, step in zip(found.variables, found.mean, found.std, found.increment_std):
         unit = fields.about(name).get("units", "")
         yield f"  {name}: mean {mean:.4g}, deviation {std:.4g}, of one step {step:.4g} {unit}".rstrip()
-    yield f"  step {found.step}; ends {', '.join(plan.model.boundary or ('of its own',))}; gaps {'yes' if found.gaps else 'none'}"
-    inputs = pipeline.inputs_of(plan)
+    ends = ", ".join(config.model.boundary or ("of its own",))
+    yield f"  step {found.step}; ends {ends}; {'with' if found.gaps else 'no'} gaps"
+    inputs = pipeline.inputs_of(config)
     yield f"  beside the field: {', '.join(inputs.names(fields)) or 'nothing'}"
     parts = {"learns from": own, "chooses weights by": valid, "is judged by": test}
     for what, part in parts.items():
@@ -52,8 +56,8 @@ def _facts(plan, fields):
             n, length = part.shape[:2]
             ends = " to ".join(date(part.time.values[k]) for k in (0, -1))
             yield f"  {what} {n} × {length} frames, {ends}"
-    sizes = {name: value for name, value in dataclasses.asdict(plan.model).items() if value is not None}
-    shapes = jax.eval_shape(pipeline.build(plan).init, jax.random.PRNGKey(0), pipeline._example(plan))
+    sizes = {name: value for name, value in dataclasses.asdict(config.model).items() if value is not None}
+    shapes = jax.eval_shape(pipeline.build(config).init, jax.random.PRNGKey(0), pipeline._example(config))
     count = sum(p.size for p in jax.tree.leaves(shapes["params"]))
     yield "network: " + ", ".join(f"{name} {_plain(value)}" for name, value in sizes.items()) + f"; {count} parameters"
     yield f"training: {t.updates} updates of {t.batch_size} windows, {t.rollout} frames ahead of {t.history}"
@@ -68,22 +72,22 @@ class Inspect:
     """Say what a file or a run is, and what would be done with it.
 
     Of a file: what was found in it, how it is cut, and the network and the training that `train` would take. Of a
-    run: its plan, how far it has come, and its errors, if it was evaluated.
+    run: its config, how far it has come, and its errors, if it was evaluated.
     """
 
-    data: DataPlan
+    data: DataConfig
 
     def __call__(self):
         folder = Path(self.data.file)
         if not (folder / "config.json").exists():
-            plan = Plan(self.data)
-            fields = pipeline.open_data(plan)
-            print(*_facts(pipeline.resolve(plan, fields), fields), sep="\n")
+            config = Config(self.data)
+            fields = pipeline.open_data(config)
+            print(*_facts(pipeline.resolve(config, fields), fields), sep="\n")
             return 0
-        plan = pipeline.open_run(folder).plan
+        config = pipeline.open_run(folder).config
         lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-        print(f"{folder}: {lines[-1]['step']} of {plan.training.updates} updates, loss {lines[-1]['loss']:.4g}")
-        print(json.dumps(plan.as_json(), indent=1))
+        print(f"{folder}: {lines[-1]['step']} of {config.training.updates} updates, loss {lines[-1]['loss']:.4g}")
+        print(json.dumps(config.as_json(), indent=1))
         if (folder / "metrics.json").exists():
             found = json.loads((folder / "metrics.json").read_text())
             told = ", ".join(f"{name} {value:.3g}" for name, value in found["mean_nrmse"].items())
@@ -99,25 +103,25 @@ class Train:
     goes on where it was.
     """
 
-    data: DataPlan
-    model: ModelPlan = ModelPlan()
-    training: TrainingPlan = TrainingPlan()
+    data: DataConfig
+    model: ModelConfig = ModelConfig()
+    training: TrainingConfig = TrainingConfig()
     out: str | None = None  # folder of the run; a new one under runs/ unless told
     config: str | None = None  # JSON file with options, e.g. the config.json of another run
     tensorboard: bool = False  # write events for TensorBoard into the run, too
     quiet: bool = False  # say nothing but errors
 
     def __call__(self):
-        plan = Plan(self.data, self.model, self.training)
-        fields = pipeline.open_data(plan)
+        config = Config(self.data, self.model, self.training)
+        fields = pipeline.open_data(config)
         folder = _folder(self.out, Path(self.data.file).stem)
-        plan = pipeline.resolve(plan, fields)
+        config = pipeline.resolve(config, fields)
         if not self.quiet:
-            print(*_facts(plan, fields), sep="\n", flush=True)
+            print(*_facts(config, fields), sep="\n", flush=True)
         began = time.perf_counter()
         with _events(folder if self.tensorboard else None) as report:
             progress = None if self.quiet else "training"
-            pipeline.train_run(folder, plan, fields=fields, progress=progress, report=report)
+            pipeline.train_run(folder, config, fields=fields, progress=progress, report=report)
         if not self.quiet:
             print(f"{folder}: trained in {time.perf_counter() - began:.0f} s. Next: ssm_lib evaluate {folder}")
         return 0
@@ -137,7 +141,7 @@ def _folder(out, name):
         except FileExistsError:
             k += 1
 
-
+# %% ../nbs/50_cli.ipynb #50000015
 @contextlib.contextmanager
 def _events(folder):
     "A function that writes what a look says as TensorBoard has it, or None."
@@ -154,8 +158,8 @@ def _events(folder):
         yield report
 
 
-def _defaults(path):
-    "Options from a file, as a default to `Train`."
+def _flags(path):
+    "The options in a file, as words of the command line."
     FilePath()("config", path)
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -165,10 +169,16 @@ def _defaults(path):
         raise ValueError(f"config {path} is no JSON: {error}; expected an object.") from None
     if isinstance(config, dict) and {"ssm_lib", "config"} <= config.keys():  # of a run
         config = config["config"]
-    if isinstance(config, dict):
-        config = {"data": {"file": "-"} | config.get("data", {})} | {k: v for k, v in config.items() if k != "data"}
-    plan = Plan.from_json(config)
-    return Train(plan.data, plan.model, plan.training, config=path)
+    if isinstance(config, dict) and isinstance(config.get("data", {}), dict):
+        config = config | {"data": config.get("data", {}) | {"file": "-"}}
+    config, words = Config.from_json(config), []
+    for part in (config.data, config.model, config.training):
+        for field in dataclasses.fields(part):
+            value = getattr(part, field.name)
+            if field.name != "file" and value != field.default:
+                many = value if isinstance(value, tuple) else () if field.type is bool else (value,)
+                words += [f"--{field.name.replace('_', '-')}", *map(str, many)]
+    return words
 
 # %% ../nbs/50_cli.ipynb #50000007
 @dataclass(frozen=True)
@@ -187,7 +197,7 @@ class Evaluate:
 
     def __call__(self):
         trained = pipeline.open_run(self.run)
-        fields = pipeline.open_data(trained.plan, self.file)
+        fields = pipeline.open_data(trained.config, self.file)
         scores = pipeline.evaluate_run(trained, fields, steps=self.steps, every=self.every)
         print(scores.table())
         _judge(Path(self.run), trained, fields, scores, pictures=not self.no_pictures)
@@ -200,7 +210,7 @@ def _judge(folder, trained, fields, scores, pictures=True):
     for name in scores.mse:
         lost = np.flatnonzero(scores.nrmse() >= scores.nrmse(name)) + 1 if name != "model" else []
         if len(lost):
-            print(f"Not better than {name} at {len(lost)} of {len(scores.nrmse())} leads, from {lost[0]} to {lost[-1]}.")
+            print(f"Not better than {name} at {len(lost)} of {len(scores.nrmse())} leads, {lost[0]} to {lost[-1]}.")
     made = ["metrics.json"] + (draw(folder, trained, fields, scores) if pictures else [])
     print(f"In {folder}: {', '.join(made)}")
 
@@ -212,15 +222,15 @@ def draw(
     scores,  # from `evaluate_run`
 ) -> list:  # names of the files
     "The pictures of a run: errors, the forecast with the median error, the same in motion, the loss."
-    model, variables, plan = trained
-    test = pipeline.cut(plan, fields)[2]
+    model, variables, config = trained
+    test = pipeline.cut(config, fields)[2]
     steps = scores.mse["model"].shape[1]
     missed = np.nanmean(scores.mse["model"] / scores.deviation**2, (1, 2))
     i, k = scores.starts[int(np.argsort(missed)[len(missed) // 2])]
-    history = plan.training.history
-    beside = pipeline.inputs_of(plan).read(test, i, k - history, k + steps - 1)[None]
-    past = test[i, k - history : k][None]
-    made = np.asarray(rollout(model, variables, past, steps, inputs=beside if beside.shape[-1] else None, check=False))[0]
+    history = config.training.history
+    beside = pipeline.inputs_of(config).read(test, i, k - history, k + steps - 1)[None]
+    beside, past = beside if beside.shape[-1] else None, test[i, k - history : k][None]
+    made = np.asarray(rollout(model, variables, past, steps, inputs=beside, check=False))[0]
     truth = test[i, k : k + steps]
     save_figure(plot_errors({name: scores.nrmse(name) for name in scores.mse}), folder / "errors.png")
     save_figure(plot_rollout(truth, made, start=1), folder / "forecast.png", dpi=80)
@@ -248,11 +258,11 @@ class Rollout:
         out = check_output(self.out or Path(self.run) / "forecast.nc", overwrite=self.overwrite)
         if out.exists() and Path(self.file).exists() and out.samefile(self.file):
             raise ValueError(f"out is {out}, the file with the history; expected another. Choose another name.")
-        model, variables, plan = pipeline.open_run(self.run)
-        fields = pipeline.open_data(plan, self.file)
-        steps = self.steps or pipeline.horizon(plan, fields)
+        model, variables, config = pipeline.open_run(self.run)
+        fields = pipeline.open_data(config, self.file)
+        steps = self.steps or pipeline.horizon(config, fields)
         path = save_forecasts(
-            out, model, variables, fields, steps, inputs=pipeline.inputs_of(plan), history=plan.training.history,
+            out, model, variables, fields, steps, inputs=pipeline.inputs_of(config), history=config.training.history,
             starts=None if self.start is None else [_frame(fields, self.start)], overwrite=self.overwrite,
         )  # fmt: skip
         print(f"{path}: {steps} frames after {date(fields.time.values[_frame(fields, self.start)])}")
@@ -285,12 +295,12 @@ def _at_date(times, start):
 # %% ../nbs/50_cli.ipynb #817bd1f5
 @dataclass(frozen=True)
 class _Show:
-    "A demonstration: data of a PDE, a plan, and what is asked of it."
+    "A demonstration: data of a PDE, a config, and what is asked of it."
 
     pde: dict  # as `pde_trajectories` takes it
     train: float  # share of the trajectories
-    model: ModelPlan
-    training: TrainingPlan
+    model: ModelConfig
+    training: TrainingConfig
     leads: tuple  # at which the baselines have to be beaten
     every: int  # frames from start to start
 
@@ -298,17 +308,19 @@ class _Show:
 DEMOS = {
     "kuramoto_sivashinsky": _Show(
         pde={"n_trajectories": 80, "n_frames": 200, "n_points": 64, "dt": 0.25}, train=0.7,
-        model=ModelPlan("dense_s5"),
-        training=TrainingPlan(
-            updates=5000, batch_size=32, learning_rate=8e-3, history=1, rollout=16, average=0.0, validation=0.0, shift=True
+        model=ModelConfig("dense_s5"),
+        training=TrainingConfig(
+            updates=5000, batch_size=32, learning_rate=8e-3, history=1, rollout=16, shift=True,
+            average=0.0, validation=0.0,
         ),
         leads=(1, 10, 50, 100), every=33,
     ),
     "kolmogorov_flow": _Show(
         pde={"n_trajectories": 32, "n_frames": 101, "n_points": 48, "dt": 0.1}, train=0.875,
-        model=ModelPlan("conv_spectral"),
-        training=TrainingPlan(
-            updates=1200, batch_size=4, learning_rate=4e-3, rollout=1, noise=0.05, average=0.0, validation=0.0, shift=False
+        model=ModelConfig("conv_spectral"),
+        training=TrainingConfig(
+            updates=1200, batch_size=4, learning_rate=4e-3, rollout=1, noise=0.05, shift=False,
+            average=0.0, validation=0.0,
         ),
         leads=(1, 5, 10, 20), every=20,
     ),
@@ -326,12 +338,13 @@ def learn(
     x = pde_trajectories(pde, **show.pde, seed=seed)
     check_folder(folder).mkdir(parents=True, exist_ok=True)
     np.save(folder / "data.npy", x)
-    data = DataPlan(str(folder / "data.npy"), train=show.train, known=())
-    plan = Plan(data, show.model, dataclasses.replace(show.training, seed=seed))
-    fields = pipeline.open_data(plan)
-    train, _, test = pipeline.cut(plan, fields)
-    print(f"{pde}: {len(train)} trajectories of {train.shape[1]} frames to learn from; {len(test)} held out.", flush=True)
-    trained = pipeline.train_run(folder, plan, fields=fields, progress=None if quiet else "training")
+    data = DataConfig(str(folder / "data.npy"), train=show.train, known=())
+    config = Config(data, show.model, dataclasses.replace(show.training, seed=seed))
+    fields = pipeline.open_data(config)
+    train, _, test = pipeline.cut(config, fields)
+    told = f"{len(train)} trajectories of {train.shape[1]} frames to learn from; {len(test)} held out."
+    print(f"{pde}: {told}", flush=True)
+    trained = pipeline.train_run(folder, config, fields=fields, progress=None if quiet else "training")
     linear = fit_linear(x[: len(train)]).rollout
     scores = pipeline.evaluate_run(trained, fields, steps=show.leads[-1], every=show.every, others={"linear": linear})
     print(f"\nRMSE from one frame, {len(scores.starts)} held-out starts:\n\n{scores.table(show.leads)}")
@@ -340,7 +353,8 @@ def learn(
     best = np.min([scores.nrmse(name)[at] for name in scores.mse if name != "model"], 0)
     won = bool((scores.nrmse()[at] < best).all())
     if not won:
-        print(f"The model does not beat all of them at {show.leads}. Train longer: --updates {2 * show.training.updates}.")
+        more = f"--updates {2 * show.training.updates}"
+        print(f"The model does not beat all of them at {show.leads}. Train longer: {more}.")
     return won
 
 
@@ -382,16 +396,14 @@ ABOUT = """From a file with fields to a forecast: learn it, judge it, roll it ou
 def _parsed(argv):
     "The command that was asked for. Raises ValueError, on one line, for what is none."
     tyro = needs("tyro", "the command line needs", "tyro", "cli")
-    kinds = Union[tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in COMMANDS.items())]
+    kinds = functools.reduce(
+        operator.or_, (Annotated[kind, tyro.conf.subcommand(name)] for name, kind in COMMANDS.items())
+    )
     marks, told = (tyro.conf.OmitArgPrefixes, tyro.conf.PositionalRequiredArgs), io.StringIO()
-    config = next((b for a, b in zip(argv, argv[1:]) if a == "--config"), None)
+    if argv[:1] == ["train"] and "--config" in argv[:-1]:
+        argv = ["train", *_flags(argv[argv.index("--config") + 1]), *argv[1:]]  # what is said later counts
     try:
         with contextlib.redirect_stderr(told):
-            if argv[:1] == ["train"] and config is not None:
-                options = [a for a in argv[1:] if a not in ("--config", config)]
-                return tyro.cli(
-                    Train, prog="ssm_lib train", args=options, default=_defaults(config), config=marks[:1]
-                )  # fmt: skip
             return tyro.cli(kinds, prog="ssm_lib", description=ABOUT, args=argv, config=marks)
     except SystemExit as end:
         if not end.code:
@@ -400,12 +412,11 @@ def _parsed(argv):
 
 
 def _one_line(box):
-    "What a box of tyro says, without the box: its first paragraph."
-    lines = [line.strip("│╭╮╰╯─ ") for line in box.splitlines()]
-    body = [line for line in lines[1:] if line]
-    head = [line.strip("─ ") for line in lines[:1]]
-    first = body[: next((k for k, line in enumerate(box.splitlines()[1:]) if "────" in line), len(body))] or head
-    return f"{' '.join(first)[:300]} Say ssm_lib --help."
+    "What a box of tyro says, without the box: what stands above its first rule."
+    lines = [line.strip("│|╭╮╰╯+ ") for line in box.splitlines()[1:]]
+    said = " ".join(filter(None, itertools.takewhile(lambda line: not line or line.strip("─-"), lines)))
+    said = re.sub(r"Error parsing \S*__tyro\S*: | See ssm_lib.*| Got errors:.*", "", said)
+    return f"{said[:300].rstrip('.')}. See ssm_lib --help."
 
 
 def main(

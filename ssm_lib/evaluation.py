@@ -195,8 +195,8 @@ class Scores:
 
 # %% ../nbs/47_evaluation.ipynb #4700000d
 @takes(
-    model=check_model, train=_FIELDS, test=_FIELDS, inputs=Maybe(Made(Inputs, "fit_inputs(fields)")),
-    steps=Size(), history=Size(), every=Maybe(Size()), batch_size=Size(), others=Maybe(Made(dict, '{"mine": forecast}')),
+    model=check_model, train=_FIELDS, test=_FIELDS, inputs=Maybe(Made(Inputs, "fit_inputs(fields)")), steps=Size(),
+    history=Size(), every=Maybe(Size()), batch_size=Size(), others=Maybe(Made(dict, '{"mine": forecast}')),
 )
 def evaluate(
     model,  # a Batch model, e.g. a `Forecaster`
@@ -212,10 +212,7 @@ def evaluate(
     others: dict | None = None,  # name → forecast of your own: (history (B, T0, *space, C), steps) → (B, steps, …)
 ) -> Scores:
     "Forecasts from starts all over the test data, scored beside the baselines. Raises ValueError if it is too short."
-    step = [np.diff(fields.time.values[:2]) for fields in (train, test)]
-    same = np.allclose(*step, rtol=1e-3) if step[0].dtype.kind in "fiu" else (step[0] == step[1]).all()
-    if train.shape[2:] != test.shape[2:] or train.variables != test.variables or not same:
-        raise ValueError(f"test is {test}; expected the grid, variables and step of train, {train}.")
+    _check_alike(train, test)
     mean, deviation = climatology(train)
     simple, first = baselines(train, test, mean), max(history, _step_of_day(train))
     room = test.shape[1] - steps - first + 1
@@ -243,6 +240,13 @@ def evaluate(
     gather = lambda lists: {name: np.stack(each) for name, each in lists.items()}
     deviation = np.where(deviation > 0, deviation, 1.0)
     return Scores(gather(found), gather(alike), deviation, test.variables, units, tuple(starts))
+
+# %% ../nbs/47_evaluation.ipynb #4700001d
+def _check_alike(train, test):
+    step = [np.diff(fields.time.values[:2]) for fields in (train, test)]
+    same = np.allclose(*step, rtol=1e-3) if step[0].dtype.kind in "fiu" else (step[0] == step[1]).all()
+    if train.shape[2:] != test.shape[2:] or train.variables != test.variables or not same:
+        raise ValueError(f"test is {test}; expected the grid, variables and step of train, {train}.")
 
 
 def _forecasts(model, variables, past, test, inputs, starts, steps):

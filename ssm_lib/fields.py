@@ -493,7 +493,8 @@ def area_weights(
 def _round_the_globe(axis):
     x = np.asarray(axis.values, float)
     step = (np.diff(x) + 180) % 360 - 180  # from 180 to −180 is a step, too
-    return len(x) > 1 and np.allclose(step, step[0], rtol=1e-3) and abs(abs(step[0]) * len(x) - 360) < 0.5 * abs(step[0])
+    even = len(x) > 1 and np.allclose(step, step[0], rtol=1e-3)
+    return even and abs(abs(step[0]) * len(x) - 360) < 0.5 * abs(step[0])
 
 
 def _fits_round(x, axis):

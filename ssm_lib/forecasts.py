@@ -11,14 +11,14 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
-from .checks import Choice, FilePath, Flag, Made, Maybe, Number, Size, needs, shown, takes
+from .checks import Array, Choice, FilePath, Flag, Made, Maybe, Number, Size, needs, shown, takes
 from .fields import Fields, date
 from .inputs import Inputs
 from .rollout import check_model, rollout_stream
@@ -55,6 +55,9 @@ def check_output(
     return path
 
 # %% ../nbs/48_forecasts.ipynb #4800000a
+_FIELDS = Made(Fields, 'open_fields("ocean.nc")')
+
+
 def _leads(fields, steps):
     "How far ahead each frame lies: a timedelta, or a number where time is one."
     times = fields.time.values
@@ -66,12 +69,28 @@ def _leads(fields, steps):
     return ahead * step.astype("timedelta64[ns]") if isinstance(step, np.timedelta64) else ahead * step
 
 
+def _begin(fields, starts, history):
+    "Frames at which forecasts begin, checked."
+    last = fields.shape[1] - 1
+    starts = [last] if starts is None else list(starts) if isinstance(starts, Iterable) else [starts]
+    for k in starts:
+        Size(0)("starts", k)
+    if not starts or not all(history - 1 <= k <= last for k in starts):
+        raise ValueError(
+            f"starts are {shown(starts)}; expected frames from {history - 1} to {last}, "
+            f"as {history} of {last + 1} are read."
+        )
+    return starts
+
+
+@takes(frames=Array("(M, S, steps, *space, C)"), fields=_FIELDS)
 def as_dataset(
     frames: np.ndarray,  # (M, S, steps, *space, C)
     fields: Fields,  # from which the forecasts went on
     starts: Sequence[int],  # (S,) the last frame that each knew
 ):  # an xarray.Dataset over (M,) time, prediction_timedelta, *space
     "Forecasts with coordinates, units and attributes, as WeatherBench 2 lays them out (Rasp et al. 2024)."
+    starts = _begin(fields, starts, 1)
     xr = needs("xarray", "forecasts with coordinates need", "xarray", "files")
     M, _, steps, *_ = frames.shape
     names = ("time", "prediction_timedelta", *(axis.name for axis in fields.space))
@@ -104,20 +123,6 @@ def _written_beside(path, shape):
         shutil.rmtree(whole) if whole.is_dir() else whole.unlink(missing_ok=True)
 
 
-def _begin(fields, starts, history):
-    "Frames at which forecasts begin, checked."
-    last = fields.shape[1] - 1
-    starts = [last] if starts is None else list(starts)
-    for k in starts:
-        Size(0)("starts", k)
-    if not starts or not all(history - 1 <= k <= last for k in starts):
-        raise ValueError(
-            f"starts are {shown(starts)}; expected frames from {history - 1} to {last}, "
-            f"as {history} of {last + 1} are read."
-        )
-    return starts
-
-
 class _Range:
     "Says once when a forecast leaves the range of the climate by ten deviations."
 
@@ -137,9 +142,6 @@ class _Range:
         self.said = True
 
 # %% ../nbs/48_forecasts.ipynb #4800000d
-_FIELDS = Made(Fields, 'open_fields("ocean.nc")')
-
-
 @takes(
     path=FilePath(), model=check_model, fields=_FIELDS, steps=Size(), inputs=Maybe(Made(Inputs, "fit_inputs(fields)")),
     history=Size(), batch_size=Size(), chunk=Size(), overwrite=Flag(),

@@ -115,11 +115,12 @@ def _lines(log):
     return [line for line in log.read_text(encoding="utf-8").split("\n")[:-1] if line]
 
 # %% ../nbs/38_runs.ipynb #3800000a
+@takes(folder=FilePath())
 def check_folder(
     folder: str | Path,  # of a run
 ) -> Path:  # the same
     "Raise a ValueError, on one line, for a folder that is none, or can't be made or written to."
-    folder = Path(FilePath()("folder", folder))
+    folder = Path(folder)
     there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     if not there.is_dir():
         what = "is" if there == folder.absolute() else f"lies under {there}, which is"
@@ -128,7 +129,7 @@ def check_folder(
         raise ValueError(f"folder {there} may not be written to; expected one of yours. Choose another place.")
     return folder
 
-
+# %% ../nbs/38_runs.ipynb #3800000d
 class Run:
     """A folder in which one training lives; `fit(…, run=Run("runs/waves", config))`.
 
@@ -339,9 +340,15 @@ def load_run(
     if not about.is_file():
         raise ValueError(f"folder {folder} holds no run; expected config.json in it, as Run(folder, config) writes it.")
     try:
-        config = json.loads(about.read_text(encoding="utf-8"))["config"]
-    except (ValueError, KeyError, TypeError):
+        words = json.loads(about.read_text(encoding="utf-8"))
+        config, made_by = words["config"], tuple(int(n) for n in words["ssm_lib"].split(".")[:2])
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{about} cannot be read; expected JSON as Run writes it.") from None
+    if made_by > tuple(int(n) for n in version("ssm_lib").split(".")[:2]):
+        raise ValueError(
+            f"{about} was written by ssm_lib {words['ssm_lib']}; "
+            f"expected {version('ssm_lib')} or an earlier one. Install that version."
+        )
     for name in ("best", "last"):
         if (folder / name).is_dir():
             with _manager(folder / name, KEPT[name]) as manager:

@@ -224,8 +224,8 @@ def _progress(label, steps):
     "A function that is told step and, at a look, loss, and shows them: a bar in a terminal, elsewhere some lines."
     from rich import progress  # Flax needs it
 
-    columns = ("{task.description}", progress.BarColumn(), progress.MofNCompleteColumn(), progress.TimeRemainingColumn())
-    with progress.Progress(*columns, "{task.fields[loss]}", disable=not label) as bar:
+    columns = progress.BarColumn(), progress.MofNCompleteColumn(), progress.TimeRemainingColumn()
+    with progress.Progress("{task.description}", *columns, "{task.fields[loss]}", disable=not label) as bar:
         task, said = bar.add_task(label or "", total=steps, loss=""), [time.monotonic()]
 
         def show(step, loss=None):

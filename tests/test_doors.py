@@ -4,6 +4,7 @@ A new function or class needs one line in `VALID`: a call that is right. What is
 from the kinds that it says it takes (`ssm_lib.checks`); arguments of no kind say here what is wrong for them.
 """
 
+import dataclasses
 import importlib
 import pkgutil
 import re
@@ -21,7 +22,7 @@ from sweep import KEY, LAYERS, noise, quickly
 
 import ssm_lib
 from ssm_lib import S5SSM, BatchStackedSSMModel, Forecaster, Run, SequenceLayer, fit, fit_inputs, open_fields, save_checkpoint, space
-from ssm_lib.checks import Array, Choice, Each, FilePath, Flag, FloatType, Function, Made, Maybe, Number, Size
+from ssm_lib.checks import Array, Choice, Each, FilePath, Flag, FloatType, Function, Made, Maybe, Names, Number, Size, Text
 from ssm_lib.data import Normalizer
 
 MODULES = {m.name: importlib.import_module(f"ssm_lib.{m.name}") for m in pkgutil.iter_modules(ssm_lib.__path__) if m.name[0] != "_"}
@@ -42,6 +43,10 @@ save_checkpoint(FOLDER / "x.msgpack", variables)
 fit(lambda v, b, k: jnp.sum(v["params"]["w"] ** 2), {"params": {"w": jnp.ones(2)}}, [0], optax.sgd(0.1), 1, run=Run(FOLDER / "c"))
 
 FIELDS = open_fields(frames)
+DATA = ssm_lib.DataConfig(str(FOLDER / "x.npy"), train=0.5)
+TRAINING = ssm_lib.TrainingConfig(updates=1, batch_size=1, rollout=1, history=1, validation=0.0)
+CONFIG = ssm_lib.resolve(ssm_lib.Config(DATA, ssm_lib.ModelConfig(width=4, n_layers=1, d_hidden=16), TRAINING), FIELDS)
+TRAINED = ssm_lib.train_run(FOLDER / "trained", CONFIG, fields=FIELDS)
 
 VALID = {
     "blocks.SequenceLayer": dict(
@@ -98,6 +103,12 @@ VALID = {
     "inputs.fit_inputs": dict(fields=FIELDS, coordinates=()),
     "lru.apply_lru_dynamics": dict(inputs=r(L, H), discrete_lambda=poles, B_norm=z(P, H), C=z(H, P), D=r(H)),
     "lru.apply_lru_dynamics_from_ic": dict(ic=r(1, H), n_steps=3, discrete_lambda=poles, B_norm=z(P, H), C=z(H, P)),
+    "forecasts.as_dataset": dict(frames=r(2, 1, 3, 4, 1), fields=FIELDS, starts=(0,)),
+    "forecasts.check_output": dict(path=FOLDER / "new.nc", size=10, overwrite=True),
+    "forecasts.save_forecasts": dict(
+        path=FOLDER / "next.nc", model=model, variables=variables, fields=FIELDS, steps=2, inputs=None, history=1, starts=(1, 3),
+        batch_size=2, chunk=1, overwrite=True,
+    ),
     "lru.log_poles": dict(nu_log=r(P), theta_log=r(P), clip_eigs=False),
     "lru.LRU": dict(d_model=H, d_hidden=P, r_min=0.1, r_max=0.9, max_phase=1.0, n_steps=3, dtype="bfloat16"),
     "lru.LRUDynamics": dict(d_hidden=P, r_min=0.1, r_max=0.9, max_phase=1.0, clip_eigs=True),
@@ -119,6 +130,28 @@ VALID = {
     "projection.project_online": dict(f=r(L), measure="legt", N=N, method="zoh", dt=0.1, c0=r(N), last=True),
     "projection.reconstruct": dict(c=r(2, N), measure="legs", lag=r(3)),
     "projection.HiPPOCell": dict(features=4, N=N, measure="legt", gate="gru", method="zoh", dt=0.1),
+    "pipeline.Config": dict(data=DATA, model=CONFIG.model, training=TRAINING, found=CONFIG.found),
+    "pipeline.DataConfig": dict(
+        file="x.nc", train=0.5, by="time", variables=("u",), forcings=("sun",), layout="TW", key="a", time="t", samples="m",
+        channels="c", space=("x",), known=("calendar",),
+    ),
+    "pipeline.Found": dataclasses.asdict(CONFIG.found),
+    "pipeline.ModelConfig": dict(
+        recipe="fno", width=4, n_layers=2, kernel=3, modes=2, d_hidden=4, boundary=("zero",), dtype="bfloat16"
+    ),
+    "pipeline.TrainingConfig": dict(
+        updates=1, batch_size=1, learning_rate=0.1, history=1, rollout=1, one_step=0.5, noise=0.1, pushforward=True, average=0.5,
+        accumulate=2, shift=False, validation=0.1, patience=1, seed=0,
+    ),
+    "pipeline.build": dict(config=CONFIG),
+    "pipeline.cut": dict(config=CONFIG, fields=FIELDS),
+    "pipeline.evaluate_run": dict(trained=TRAINED, fields=FIELDS, steps=1, every=1, others={"same": lambda x, n: x[:, [-1] * n]}),
+    "pipeline.horizon": dict(config=CONFIG, fields=FIELDS),
+    "pipeline.inputs_of": dict(config=CONFIG),
+    "pipeline.open_data": dict(config=CONFIG, file=FOLDER / "x.npy"),
+    "pipeline.open_run": dict(folder=FOLDER / "trained"),
+    "pipeline.resolve": dict(config=CONFIG, fields=FIELDS),
+    "pipeline.train_run": dict(folder=FOLDER / "trained", config=CONFIG, fields=FIELDS),
     "recipes.PointwisePoles": dict(d_model=4, dt_min=0.1, dt_max=1.0, n_steps=3),
     "recipes.conv_s5": dict(d_model=(4, 4), d_vars=1, width=4, d_hidden=4, n_layers=2, kernel=(3, 1), boundary="zero"),
     "recipes.conv_scan": dict(
@@ -138,6 +171,7 @@ VALID = {
     "rollout.write_rollout": dict(out=np.zeros((2, 3, 4, 1)), model=model, variables=variables, history=frames),
     "run.Plan": dict(backend="auto", segment=8),
     "runs.Run": dict(folder=FOLDER / "b", config={"a": 1}, every=1.0),
+    "runs.check_folder": dict(folder=FOLDER),
     "runs.load_run": dict(folder=FOLDER / "c"),
     "s4.discretize_dplr": dict(Lambda=-poles, P=z(1, P), B=z(P), Delta=0.1),
     "s4.kernel_dplr": dict(Lambda=-poles, P=z(1, P), B=z(P), C=z(P), Delta=0.1, L=L, conj_sym=True),
@@ -213,11 +247,11 @@ NO_DOOR = {  # public names that take nothing which could be wrong without a wor
         "hippo.DPLRForm", "metrics.LinearForecast", "data.Normalizer", "discretization.common_dtype", "discretization.matched",
         "discretization.scaled", "evaluation.Scores", "evaluation.phases", "fields.Axis", "fields.Fields", "fields.date",
         "fields.is_latitude", "fields.is_longitude", "fields.stretch_of", "inputs.share_of",
-        "runs.Moment", "runs.digest", "runs.locked",
+        "pipeline.Trained", "runs.Moment", "runs.digest", "runs.locked",
     ),
     "the doors themselves": (
         "checks.Array", "checks.Choice", "checks.Each", "checks.FilePath", "checks.Flag", "checks.FloatType", "checks.Function",
-        "checks.Made", "checks.Maybe", "checks.Number", "checks.Size", "checks.check_choice", "checks.check_divides",
+        "checks.Made", "checks.Maybe", "checks.Names", "checks.Number", "checks.Size", "checks.Text", "checks.check_choice", "checks.check_divides",
         "checks.check_fields", "checks.per_axis",
         "checks.check_length", "checks.check_steps", "checks.concrete", "checks.known", "checks.needs", "checks.shown", "checks.takes",
         "rollout.check_model",
@@ -226,7 +260,7 @@ NO_DOOR = {  # public names that take nothing which could be wrong without a wor
         "lru.gamma_log_init", "lru.matrix_init", "lru.nu_init", "lru.theta_init", "s5.init_CV", "s5.init_VinvB",
         "s5.init_log_steps", "s5.trunc_standard_normal",
     ),
-    "the command line; its files and words are tried in test_rollout": tuple(n for n in PUBLIC if n.startswith("cli.")),
+    "the command line; its files and words are tried in test_cli": tuple(n for n in PUBLIC if n.startswith("cli.")),
     "exceptions": ("rollout.RolloutDivergedError", "runs.SaveError", "training.DivergedError"),
 }
 
@@ -249,6 +283,7 @@ def wrong(kind):
         bounds = [kind.low - 1, kind.high + 1, kind.above, kind.below]
         return [None, *NUMBERS, *(bound for bound in bounds if np.isfinite(bound))]
     others = {
+        Text: [3, "", b"text", []], Names: ["name", 3, [1], [""]],
         Choice: TEXTS[1:], Flag: FLAGS, Function: ["LRU", 3, model], FilePath: [3, "", []],
         FloatType: ["half a float", 16, int, jnp.complex64, True, object()],
     }
@@ -284,6 +319,7 @@ OTHERS = {  # what is wrong for arguments that are of no kind
     "config": [object(), {1j: 2}, {"a": np.ones(2)}, NAN],
     "source": [None, 3, object(), np.ones((3, 3, 3)), np.ones((3, 3), int)], "layout": ["TWX", "TWC", "WT!", 3],
     "length": [None, 0, "8", 2.5, 1000],
+    "starts": [1.5, (), (-1,), (100,), ("a",)], "others": [3, "mine"],
     "share": [None, 3, (1, 1), (0,), ("a", 2), (-1, 2)],
     "grid": [None, 0, "8", 6], "parts": [None, (), "Conv", (1,), (space.Conv,)],
     "backend": [None, "no such"], "conj_sym": FLAGS, "dplr": FLAGS, "block_diagonal": FLAGS,
