@@ -29,11 +29,11 @@ import numpy as np
 from . import pipeline
 from .checks import FilePath, Size, needs
 from .data import pde_trajectories
-from .fields import Fields, date
+from .fields import Fields, boundaries, date, is_latitude, is_longitude
 from .forecasts import check_output, save_forecasts
-from .metrics import fit_linear
+from .metrics import fit_linear, spectrum
 from .pipeline import DataConfig, ModelConfig, Config, TrainingConfig
-from .plots import animate_rollout, plot_errors, plot_rollout, save_figure
+from .plots import animate_rollout, plot_errors, plot_losses, plot_rollout, plot_spectra, save_figure
 from .rollout import rollout
 from .runs import check_folder
 
@@ -214,28 +214,68 @@ def _judge(folder, trained, fields, scores, pictures=True):
     made = ["metrics.json"] + (draw(folder, trained, fields, scores) if pictures else [])
     print(f"In {folder}: {', '.join(made)}")
 
-
+# %% ../nbs/50_cli.ipynb #50000016
 def draw(
     folder: Path,  # of the run
     trained: pipeline.Trained,
     fields: Fields,  # all of the data
     scores,  # from `evaluate_run`
 ) -> list:  # names of the files
-    "The pictures of a run: errors, the forecast with the median error, the same in motion, the loss."
-    model, variables, config = trained
-    test = pipeline.cut(config, fields)[2]
-    steps = scores.mse["model"].shape[1]
+    "The pictures of a run: errors, the forecast with the median error, the same in motion, spectra, the loss."
+    test, steps = pipeline.cut(trained.config, fields)[2], scores.mse["model"].shape[1]
     missed = np.nanmean(scores.mse["model"] / scores.deviation**2, (1, 2))
-    i, k = scores.starts[int(np.argsort(missed)[len(missed) // 2])]
+    truth, made = _one_forecast(trained, test, scores.starts[int(np.argsort(missed)[len(missed) // 2])], steps)
+    (dt, label), space = _clock(fields), fields.space
+    interval = (scores.interval() / scores.deviation).mean(-1)
+    errors = {name: scores.nrmse(name) for name in scores.mse}
+    figures = {"errors": plot_errors(errors, dt=dt, time_label=label, intervals={"model": interval})}
+    look = dict(dt=dt, start=1, time_label=label, space=space, aspect=_aspect(space, truth.shape[1:-1]))
+    for c, name in enumerate(scores.variables[:4]):
+        title = f"{name} ({scores.units[c]})" if scores.units[c] else name
+        figures[f"forecast-{name}".replace(" ", "_")] = plot_rollout(truth, made, variable=c, name=title, **look)
+        if c == 0:
+            animate_rollout(truth, made, folder / "forecast.gif", every=-(-steps // 50), fps=8, name=title, **look)
+    looks = (folder / "log.jsonl").read_text().splitlines()
+    figures["loss"] = plot_losses([json.loads(line) for line in looks])
+    if np.isfinite(truth).all() and np.isfinite(made).all():
+        ends = trained.config.model.boundary or boundaries(fields)
+        energy = lambda x: spectrum(x, ends)[:, 0]
+        some = {"truth": truth[-1], "forecast, first": made[0], "forecast, last": made[-1]}
+        figures["spectra"] = plot_spectra({name: energy(x) for name, x in some.items()})
+    for name, figure in figures.items():
+        save_figure(figure, folder / f"{name}.png", dpi=80)
+    return [f"{name}.png" for name in figures] + ["forecast.gif"]
+
+
+def _one_forecast(trained, test, start, steps):
+    "Truth and forecast from one start, (steps, *space, C)."
+    (model, variables, config), (i, k) = trained, start
     history = config.training.history
     beside = pipeline.inputs_of(config).read(test, i, k - history, k + steps - 1)[None]
     beside, past = beside if beside.shape[-1] else None, test[i, k - history : k][None]
     made = np.asarray(rollout(model, variables, past, steps, inputs=beside, check=False))[0]
-    truth = test[i, k : k + steps]
-    save_figure(plot_errors({name: scores.nrmse(name) for name in scores.mse}), folder / "errors.png")
-    save_figure(plot_rollout(truth, made, start=1), folder / "forecast.png", dpi=80)
-    animate_rollout(truth, made, folder / "forecast.gif", every=-(-steps // 50), start=1)
-    return ["errors.png", "forecast.png", "forecast.gif"]
+    return test[i, k : k + steps], made
+
+
+def _clock(fields):
+    "Time between frames, and what to call it."
+    step = fields.time.values[1] - fields.time.values[0]
+    if isinstance(step, np.timedelta64):
+        return float(step / np.timedelta64(1, "h")), "lead (hours)"
+    if hasattr(step, "total_seconds"):
+        return step.total_seconds() / 3600, "lead (hours)"
+    return float(step), f"lead ({fields.time.name})"
+
+
+def _aspect(space, grid):
+    "How long a unit of the upright axis is: kilometres alike on a map; elsewhere a square, if axes differ much."
+    if len(grid) < 2:
+        return 1.0
+    y, x = (np.asarray(axis.values, float) for axis in space[-2:])
+    if is_latitude(space[-2]) and is_longitude(space[-1]):
+        return float(1 / max(np.cos(np.radians(y.mean())), 0.2))
+    ratio = float(np.ptp(x) / max(np.ptp(y), 1e-12))
+    return 1.0 if 1 / 4 < ratio < 4 else ratio
 
 # %% ../nbs/50_cli.ipynb #50000009
 @dataclass(frozen=True)

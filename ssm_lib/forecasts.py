@@ -10,7 +10,6 @@ import contextlib
 import math
 import os
 import shutil
-import warnings
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from importlib.metadata import version
@@ -19,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from .checks import Array, Choice, FilePath, Flag, Made, Maybe, Number, Size, needs, shown, takes
+from .evaluation import RangeWatch
 from .fields import Fields, date
 from .inputs import Inputs
 from .rollout import check_model, rollout_stream
@@ -122,25 +122,6 @@ def _written_beside(path, shape):
         beside.unlink(missing_ok=True)
         shutil.rmtree(whole) if whole.is_dir() else whole.unlink(missing_ok=True)
 
-
-class _Range:
-    "Says once when a forecast leaves the range of the climate by ten deviations."
-
-    def __init__(self, model):
-        self.mean, self.std = (np.asarray(getattr(model, name, 0.0), np.float32) for name in ("mean", "std"))
-        self.said = not self.std.any()
-
-    def look(self, piece, done):
-        far = np.abs(piece - self.mean) > 10 * self.std
-        if self.said or not far.any():
-            return
-        frame = int(np.argmax(far.any(axis=(0, *range(2, piece.ndim)))))
-        warnings.warn(
-            f"frame {done + frame + 1} of a forecast is more than ten deviations from the mean of the data; "
-            "what follows may mean nothing.", stacklevel=4,
-        )
-        self.said = True
-
 # %% ../nbs/48_forecasts.ipynb #4800000d
 @takes(
     path=FilePath(), model=check_model, fields=_FIELDS, steps=Size(), inputs=Maybe(Made(Inputs, "fit_inputs(fields)")),
@@ -170,7 +151,7 @@ def save_forecasts(
     shape = (len(fields), len(starts), steps, *frame)
     path = check_output(path, size=_bytes(shape, path), overwrite=overwrite)
     _leads(fields, 1)
-    near = _Range(model)
+    near = RangeWatch(model)
     pairs = [(i, s) for i in range(len(fields)) for s in range(len(starts))]
     with _written_beside(path, shape) as (out, whole):
         for at in range(0, len(pairs), batch_size):

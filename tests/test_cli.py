@@ -5,8 +5,6 @@ A command line is used by people who made a small mistake. Each line here is suc
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np

@@ -115,16 +115,21 @@ VALID = {
     "measures.nplr": dict(measure="legs", N=N),
     "measures.transition": dict(measure="legs", N=N),
     "metrics.fit_linear": dict(x=noise(4, 8, 4, 1), horizon=2),
+    "metrics.band_errors": dict(prediction=frames, truth=frames, ends=("periodic",), bands=2),
+    "metrics.spectrum": dict(x=frames, ends=("periodic",)),
     "metrics.nrmse": dict(prediction=frames, truth=frames),
     "metrics.persistence": dict(history=frames, n_steps=2),
     "forecaster.Forecaster": dict(model=model, mean=(0.0,), std=(1.0,), increment_std=(1.0,), gaps=True),
     "models.on_grid": dict(model=model.clone(space=space.Conv(), width=4), grid=8),
     "plots.animate_rollout": dict(
-        truth=frames[0], prediction=frames[0], path=FOLDER / "x.gif", fps=5, every=1, variable=0, start=0
+        truth=frames[0], prediction=frames[0], path=FOLDER / "x.gif", fps=5, every=1, variable=0, start=0,
+        dt=1.0, space=FIELDS.space, name="u", aspect=1.0,
     ),
     "plots.save_figure": dict(fig=matplotlib.figure.Figure(), path=FOLDER / "x.png", dpi=50),
     "plots.plot_errors": dict(errors={"model": r(4)}, dt=1.0),
-    "plots.plot_rollout": dict(truth=frames[0], prediction=frames[0], dt=1.0, variable=0, start=0),
+    "plots.plot_rollout": dict(
+        truth=frames[0], prediction=frames[0], dt=1.0, variable=0, start=0, space=FIELDS.space, name="u", aspect=1.0
+    ),
     "projection.basis": dict(measure="legs", N=N, lag=r(3)),
     "projection.legs_step": dict(c=r(2, N), f=r(2), h=0.5, method="zoh"),
     "projection.project_online": dict(f=r(L), measure="legt", N=N, method="zoh", dt=0.1, c0=r(N), last=True),
@@ -245,14 +250,14 @@ NO_DOOR = {  # public names that take nothing which could be wrong without a wor
         "scan.binary_operator", "scan.varying_as", "scan.without_axis", "system.Diagonal", "system.DiagonalBank",
         "system.DiagonalSystem", "system.System", "system.Times", "system.times_of", "training.train_step",
         "hippo.DPLRForm", "metrics.LinearForecast", "data.Normalizer", "discretization.common_dtype", "discretization.matched",
-        "discretization.scaled", "evaluation.Scores", "evaluation.phases", "fields.Axis", "fields.Fields", "fields.date",
+        "discretization.scaled", "evaluation.RangeWatch", "evaluation.Scores", "evaluation.phases", "fields.Axis", "fields.Fields", "fields.date",
         "fields.is_latitude", "fields.is_longitude", "fields.stretch_of", "inputs.share_of",
-        "pipeline.Trained", "runs.Moment", "runs.digest", "runs.locked",
+        "pipeline.Recipe", "pipeline.Trained", "runs.Moment", "runs.digest", "runs.locked",
     ),
     "the doors themselves": (
         "checks.Array", "checks.Choice", "checks.Each", "checks.FilePath", "checks.Flag", "checks.FloatType", "checks.Function",
-        "checks.Made", "checks.Maybe", "checks.Names", "checks.Number", "checks.Size", "checks.Text", "checks.check_choice", "checks.check_divides",
-        "checks.check_fields", "checks.per_axis",
+        "checks.Made", "checks.Maybe", "checks.Names", "checks.Number", "checks.Size", "checks.Text",
+        "checks.check_choice", "checks.check_divides", "checks.check_fields", "checks.per_axis",
         "checks.check_length", "checks.check_steps", "checks.concrete", "checks.known", "checks.needs", "checks.shown", "checks.takes",
         "rollout.check_model",
     ),
@@ -261,6 +266,7 @@ NO_DOOR = {  # public names that take nothing which could be wrong without a wor
         "s5.init_log_steps", "s5.trunc_standard_normal",
     ),
     "the command line; its files and words are tried in test_cli": tuple(n for n in PUBLIC if n.startswith("cli.")),
+    "pictures of what the library made": ("plots.plot_losses", "plots.plot_poles", "plots.plot_spectra"),
     "exceptions": ("rollout.RolloutDivergedError", "runs.SaveError", "training.DivergedError"),
 }
 
@@ -321,6 +327,7 @@ OTHERS = {  # what is wrong for arguments that are of no kind
     "length": [None, 0, "8", 2.5, 1000],
     "starts": [1.5, (), (-1,), (100,), ("a",)], "others": [3, "mine"],
     "share": [None, 3, (1, 1), (0,), ("a", 2), (-1, 2)],
+    "space": [(), (FIELDS.time,)],
     "grid": [None, 0, "8", 6], "parts": [None, (), "Conv", (1,), (space.Conv,)],
     "backend": [None, "no such"], "conj_sym": FLAGS, "dplr": FLAGS, "block_diagonal": FLAGS,
 }
