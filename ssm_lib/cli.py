@@ -228,7 +228,7 @@ def draw(
     (dt, label), space = _clock(fields), fields.space
     interval = (scores.interval() / scores.deviation).mean(-1)
     errors = {name: scores.nrmse(name) for name in scores.mse}
-    figures = {"errors": plot_errors(errors, dt=dt, time_label=label, intervals={"model": interval})}
+    figures = {"errors": plot_errors(errors, dt=dt, time_label=f"lead ({label})", intervals={"model": interval})}
     look = dict(dt=dt, start=1, time_label=label, space=space, aspect=_aspect(space, truth.shape[1:-1]))
     for c, name in enumerate(scores.variables[:4]):
         title = f"{name} ({scores.units[c]})" if scores.units[c] else name
@@ -261,10 +261,10 @@ def _clock(fields):
     "Time between frames, and what to call it."
     step = fields.time.values[1] - fields.time.values[0]
     if isinstance(step, np.timedelta64):
-        return float(step / np.timedelta64(1, "h")), "lead (hours)"
+        return float(step / np.timedelta64(1, "h")), "hour"
     if hasattr(step, "total_seconds"):
-        return step.total_seconds() / 3600, "lead (hours)"
-    return float(step), f"lead ({fields.time.name})"
+        return step.total_seconds() / 3600, "hour"
+    return float(step), fields.time.name
 
 
 def _aspect(space, grid):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PDES', 'PIECE', 'check_trajectories', 'pde_trajectories', 'split_trajectories', 'Normalizer', 'fit_normalizer',
-           'windows', 'random_shift', 'window_batch', 'window_batches', 'curriculum']
+           'windows', 'random_shift', 'window_batch', 'window_batches', 'curriculum', 'growth']
 
 # %% ../nbs/42_data.ipynb #3ee5fecb
 import itertools
@@ -313,3 +313,26 @@ def curriculum(
         return history + (1 if part < 0 or longest == 1 else stages[min(int(part * len(stages)), len(stages) - 1)])
 
     return length
+
+# %% ../nbs/42_data.ipynb #42000d02
+@takes(steps=Size())
+def growth(
+    x: np.ndarray,  # (M, T, *space, C)
+    steps: int,  # leads
+    *,
+    most: int = 256,  # windows that are looked at, from all over
+) -> np.ndarray:  # (steps, C) float32
+    "Root mean square of `x[:, k + lead] - x[:, k]` at leads 1, 2, …; gaps are left out, and a variable at rest gets 1."
+    n, length = check_trajectories(x).shape[:2]
+    if steps >= length:
+        raise ValueError(f"steps is {steps}; expected fewer than {length}, the frames of a trajectory.")
+    starts = length - steps
+    some = np.unique(np.linspace(0, n * starts - 1, most).astype(int))
+    sums = np.zeros((2, steps, x.shape[-1]))
+    for k in some:
+        i, a = divmod(int(k), starts)
+        window = np.asarray(x[i, a : a + steps + 1], np.float64)
+        change, axes = (window[1:] - window[:1]) ** 2, tuple(range(1, window.ndim - 1))
+        sums += [np.nansum(change, axes), np.isfinite(change).sum(axes)]
+    found = np.sqrt(sums[0] / np.maximum(sums[1], 1))
+    return np.where(found > 0, found, 1.0).astype(np.float32)

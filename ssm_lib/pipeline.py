@@ -25,8 +25,8 @@ import numpy as np
 from . import recipes
 from .checks import Choice, Each, FilePath, Flag, Made, Maybe, Names, Number, Size, Text
 from .checks import check_fields, shown, takes
-from .data import curriculum, fit_normalizer, window_batch, window_batches
-from .evaluation import Scores, evaluate
+from .data import curriculum, fit_normalizer, growth, window_batch, window_batches
+from .evaluation import Scores, evaluate, steps_of_day
 from .fields import Fields, boundaries, open_fields
 from .forecaster import Forecaster
 from .inputs import Inputs, WithInputs, fit_inputs
@@ -107,20 +107,20 @@ class TrainingConfig(_Part):
     batch_size: int = 8  # windows of an update
     learning_rate: float = 3e-3  # at its peak
     history: int | None = None  # frames that a forecast begins from: 1, or 16 for a network that remembers
-    rollout: int = 6  # frames that are predicted in training, in the end
+    rollout: int | None = None  # frames that are predicted in training, in the end: a day where there are days, else 8
     one_step: float = 0.0  # share of the updates that predict one frame only
     noise: float = 0.0  # on the frames given, in deviations of the data
     pushforward: bool = False  # let the gradient through the last step alone
     average: float = 0.99  # share of the past in the averaged weights; 0: the last ones
     accumulate: int = 1  # updates whose gradients make one move
     shift: bool | None = None  # shift windows round a periodic domain
-    validation: float = 0.1  # share kept back to choose the best weights by; 0, or a short file: the last ones
+    validation: float = 0.1  # share kept back to choose the best weights by; 0, or too few frames: the last ones
     patience: int | None = None  # stop after so many looks without a better one
     seed: int = 0  # of parameters, batches and noise
 
     kinds = {
-        **dict.fromkeys(("batch_size", "rollout", "accumulate"), Size()), "learning_rate": Number(above=0),
-        **dict.fromkeys(("updates", "history", "patience"), Maybe(Size())), "one_step": Number(0, 1),
+        **dict.fromkeys(("batch_size", "accumulate"), Size()), "learning_rate": Number(above=0),
+        **dict.fromkeys(("updates", "history", "rollout", "patience"), Maybe(Size())), "one_step": Number(0, 1),
         "noise": Number(0), "pushforward": Flag(), "average": Number(0, below=1), "shift": Maybe(Flag()),
         "validation": Number(0, below=1),
         "seed": Size(0),
@@ -278,7 +278,7 @@ def _find(config, fields, ends):
     return Found(fields.variables, axes, grid, _step(fields), **scales, gaps=gaps, inputs=inputs)
 
 
-def _resolve_model(model, grid, ends):
+def _resolve_model(model, grid, ends, frames):
     "The network, all said."
     recipe = model.recipe or ("conv_spectral" if min(grid) >= 16 else "dense_s5")
     has = inspect.signature(RECIPES[recipe]).parameters
@@ -286,7 +286,7 @@ def _resolve_model(model, grid, ends):
     for name, value in said.items():
         if value is not None and name not in has:
             raise ValueError(f"{name} is {shown(value)}; {recipe} has no such option, but {list(has)[2:]}. Drop it.")
-    usual = {"width": 64 if recipe == "dense_s5" else 16, "n_layers": 3, "boundary": ends}
+    usual = {"width": 64 if recipe == "dense_s5" else 8 if frames < 1000 else 16, "n_layers": 3, "boundary": ends}
     usual["modes"] = 2 if recipe == "conv_scan" else max(1, min(6, (min(grid) - 1) // 2))
     mirrored = recipe in ("fno", "conv_spectral")  # waves need one of two ends
     usual["boundary"] = tuple("reflect" if end == "replicate" and mirrored else end for end in ends)
@@ -306,18 +306,20 @@ def resolve(
     fields = open_data(config) if fields is None else fields
     ends = boundaries(fields)
     found = _find(config, fields, ends)
-    model = _resolve_model(config.model, found.grid, ends)
-    t, remembers = config.training, model.recipe in MEMORY
+    model = _resolve_model(config.model, found.grid, ends, math.prod(cut(config, fields)[0].shape[:2]))
+    t, remembers, per_day = config.training, model.recipe in MEMORY, steps_of_day(fields)
+    rollout = t.rollout or (per_day if 2 <= per_day <= 24 else 8)
     history = t.history or (min(16, cut(config, fields)[0].shape[1] // 4) if remembers else 1)
-    frames = t.one_step + (1 - t.one_step) * t.rollout + (history if remembers else 0)
+    frames = t.one_step + (1 - t.one_step) * rollout / 2 + (history if remembers else 0)
     size = 1 if model.recipe == "dense_s5" else (model.width / 16) * (model.n_layers / 3)
     work = math.prod(found.grid) * t.batch_size * frames * size
     updates = t.updates or int(np.clip(WORK / work, 200, 3000)) // 10 * 10
     shift = all(end == "periodic" for end in ends) if t.shift is None else t.shift
     kept_back = cut(config, fields)[1]
-    fits = kept_back is not None and kept_back.shape[1] >= history + t.rollout
+    need = history + rollout  # fewer than eight windows say too little
+    fits = kept_back is not None and kept_back.shape[1] >= need and math.prod(kept_back.shape[:2]) >= 8 * need
     training = dataclasses.replace(
-        t, history=history, updates=updates, shift=shift, validation=t.validation if fits else 0.0
+        t, history=history, rollout=rollout, updates=updates, shift=shift, validation=t.validation if fits else 0.0
     )
     resolved = dataclasses.replace(config, model=model, training=training, found=found)
     _check_lengths(resolved, fields)
@@ -375,16 +377,17 @@ def _example(config):
     return jax.ShapeDtypeStruct((1, 2, *frame), jnp.float32)
 
 # %% ../nbs/49_pipeline.ipynb #49000011
-def _loss(config, model):
-    "One step ahead on windows that predict one frame, else rollouts; in units of one-step differences."
+def _loss(config, model, x):
+    "One step ahead on windows that predict one frame, else rollouts; in units of what no change gets wrong at a lead."
     t, found = config.training, config.found
-    options = dict(scale=np.asarray(found.increment_std, np.float32))
-    if t.noise:
-        options["noise"] = t.noise * np.asarray(found.std, np.float32)
+    units = growth(x, t.rollout).reshape(t.rollout, *[1] * len(found.grid), -1)
+    noise = t.noise * np.asarray(found.std, np.float32) if t.noise else None
 
     def loss(variables, batch, key):
-        if batch.shape[1] == t.history + 1:
-            return next_frame_loss(model, variables, batch, key, **options)
+        steps = batch.shape[1] - t.history
+        if steps == 1:
+            return next_frame_loss(model, variables, batch, key, scale=units[0], noise=noise)
+        options = dict(scale=units[steps - 1 : steps] if t.pushforward else units[:steps], noise=noise)
         return rollout_loss(model, variables, batch, key, history=t.history, pushforward=t.pushforward, **options)
 
     return loss
@@ -393,7 +396,7 @@ def _loss(config, model):
 def _validator(config, model, x):
     "The error of rollouts in deviations, on up to 16 windows of what is kept back."
     t = config.training
-    length = min(t.history + 2 * t.rollout, x.shape[1])
+    length = min(t.history + t.rollout, x.shape[1])
     windows = window_batch(x, 0, 16, length, seed=t.seed)
     scale = np.asarray(config.found.std, np.float32)
 
@@ -430,7 +433,7 @@ def train_run(
     optimizer = make_optimizer(model, t.learning_rate, t.updates, accumulate=t.accumulate)
     validate = _validator(config, model, WithInputs(valid, inputs)) if valid is not None else None
     variables, losses = fit(
-        _loss(config, model), variables, batches, optimizer, t.updates, seed=t.seed, progress=progress, report=report,
+        _loss(config, model, own), variables, batches, optimizer, t.updates, seed=t.seed, progress=progress, report=report,
         check_every=max(10, t.updates // 25), run=Run(folder, config.as_json()), validate=validate,
         patience=t.patience if validate else None, average=t.average or None,
     )  # fmt: skip
@@ -487,10 +490,7 @@ def horizon(
     fields: Fields,  # to forecast
 ) -> int:
     "Frames that an evaluation looks ahead: two days where there are days, else 50; at most half of what there is."
-    times, per_day = fields.time.values, 0
-    step = times[-1] - times[-2] if len(times) > 1 else None
-    if isinstance(step, np.timedelta64) and np.timedelta64(1, "D") % step == np.timedelta64(0):
-        per_day = int(np.timedelta64(1, "D") // step)
+    per_day = steps_of_day(fields)
     most = (fields.shape[1] - max(config.training.history, per_day)) // 2
     return max(1, min(2 * per_day if per_day > 1 else 50, most))
 

@@ -136,7 +136,8 @@ def plot_spectra(
     "Energy against wave number, both on logarithmic axes."
     fig, ax = _pyplot().subplots(figsize=(5, 3), layout="constrained")
     for name, energy in spectra.items():
-        ax.loglog(np.arange(1, len(energy)), energy[1:], label=name, lw=3 if name == "truth" else 1.5)
+        energy = energy[1:-1]  # the last one holds all that is above it
+        ax.loglog(np.arange(1, len(energy) + 1), energy, label=name, lw=3 if name == "truth" else 1.5)
     ax.set(xlabel="wave number", ylabel="energy")
     ax.legend(frameon=False, fontsize=9)
     ax.spines[["top", "right"]].set_visible(False)
