@@ -222,7 +222,7 @@ def draw(
     scores,  # from `evaluate_run`
 ) -> list:  # names of the files
     "The pictures of a run: errors, the forecast with the median error, the same in motion, spectra, the loss."
-    test, steps = pipeline.cut(trained.config, fields)[2], scores.mse["model"].shape[1]
+    test, steps = pipeline.judged(trained.config, fields), scores.mse["model"].shape[1]
     missed = np.nanmean(scores.mse["model"] / scores.deviation**2, (1, 2))
     truth, made = _one_forecast(trained, test, scores.starts[int(np.argsort(missed)[len(missed) // 2])], steps)
     (dt, label), space = _clock(fields), fields.space
@@ -301,11 +301,12 @@ class Rollout:
         model, variables, config = pipeline.open_run(self.run)
         fields = pipeline.open_data(config, self.file)
         steps = self.steps or pipeline.horizon(config, fields)
-        path = save_forecasts(
+        save_forecasts(
             out, model, variables, fields, steps, inputs=pipeline.inputs_of(config), history=config.training.history,
             starts=None if self.start is None else [_frame(fields, self.start)], overwrite=self.overwrite,
         )  # fmt: skip
-        print(f"{path}: {steps} frames after {date(fields.time.values[_frame(fields, self.start)])}")
+        place = self.out or Path(self.run) / "forecast.nc"
+        print(f"{place}: {steps} frames after {date(fields.time.values[_frame(fields, self.start)])}")
         return 0
 
 

@@ -180,7 +180,7 @@ def fit_inputs(
     "All that is known beside the fields, or what is chosen of it, with the scales of what has a unit."
     all_there = {
         "calendar": _cycles_seen(fields),
-        "coordinates": tuple(axis.name for axis in fields.space if axis.values.dtype.kind in "fiu"),
+        "coordinates": tuple(a.name for a in fields.space if a.values.dtype.kind in "fiu" and len(a.values) > 1),
         "static": tuple(fields.static), "parameters": tuple(fields.parameters), "forcings": tuple(fields.forcings),
     }  # fmt: skip
     wrong = set(chosen) - set(all_there)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'RECIPES', 'Recipe', 'MEMORY', 'WORK', 'DataConfig', 'ModelConfig', 'TrainingConfig', 'Found', 'Config',
-           'open_data', 'cut', 'resolve', 'inputs_of', 'build', 'train_run', 'Trained', 'open_run', 'horizon',
+           'open_data', 'cut', 'resolve', 'inputs_of', 'build', 'train_run', 'Trained', 'open_run', 'judged', 'horizon',
            'evaluate_run']
 
 # %% ../nbs/49_pipeline.ipynb #49000004
@@ -13,7 +13,6 @@ import inspect
 import itertools
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -420,7 +419,7 @@ def train_run(
     fields = open_data(config) if fields is None else fields
     check_folder(folder)
     config = config if config.found else resolve(config, fields)
-    config = _as_stored(folder, config)
+    stored = _as_stored(folder, config)
     model, t = build(config), config.training
     own, valid, _ = cut(config, fields)
     inputs = inputs_of(config)
@@ -434,19 +433,23 @@ def train_run(
     validate = _validator(config, model, WithInputs(valid, inputs)) if valid is not None else None
     variables, losses = fit(
         _loss(config, model, own), variables, batches, optimizer, t.updates, seed=t.seed, progress=progress, report=report,
-        check_every=max(10, t.updates // 25), run=Run(folder, config.as_json()), validate=validate,
+        check_every=max(10, t.updates // 25), run=Run(folder, stored.as_json()), validate=validate,
         patience=t.patience if validate else None, average=t.average or None,
     )  # fmt: skip
-    return Trained(model, variables, config)
+    return Trained(model, variables, _at(config, Path(config.data.file).absolute()))
+
+
+def _at(config, file):
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, file=str(file)))
 
 
 def _as_stored(folder, config):
-    "The config, with the place of its data as the run in a folder has it: they may have moved."
+    "The config with the place of its data as the run has it, or will: within its folder, if there, else anywhere."
+    file, folder = Path(config.data.file).absolute(), Path(folder).absolute()
     try:
-        stored = json.loads((Path(folder) / "config.json").read_text())["config"]["data"]["file"]
+        return _at(config, json.loads((folder / "config.json").read_text())["config"]["data"]["file"])
     except (OSError, ValueError, KeyError, TypeError):
-        stored = os.path.abspath(config.data.file)
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, file=stored))
+        return _at(config, file.relative_to(folder) if file.is_relative_to(folder) else file)
 
 # %% ../nbs/49_pipeline.ipynb #49000012
 class Trained(NamedTuple):
@@ -471,6 +474,7 @@ def open_run(
     "Build what a run has learned. Raises ValueError, on one line, for a folder that holds none, or another kind."
     variables, config = load_run(folder)
     config = Config.from_json(config)
+    config = _at(config, Path(folder).absolute() / config.data.file)  # as it is, if absolute
     model = build(config)
     want = jax.eval_shape(model.init, jax.random.PRNGKey(0), _example(config))
     have, want = ({jax.tree_util.keystr(at, simple=True, separator="/"): x.shape for at, x in
@@ -482,6 +486,20 @@ def open_run(
                 "as its config says. Was config.json changed?"
             )
     return Trained(model, variables, config)
+
+
+@takes(config=_CONFIG, fields=_FIELDS)
+def judged(
+    config: Config,  # resolved
+    fields: Fields,  # all of the data
+) -> Fields:
+    "What is held out, with as much of the time before as a forecast of its first frame knows."
+    test = cut(config, fields)[2]
+    before = min(test.first - fields.first, max(config.training.history, steps_of_day(fields)))
+    return dataclasses.replace(
+        test, first=test.first - before,
+        time=test.time._replace(values=fields.time.values[test.first - fields.first - before :]),
+    ) if before else test  # fmt: skip
 
 
 @takes(config=_CONFIG, fields=_FIELDS)
@@ -507,8 +525,7 @@ def evaluate_run(
     "Errors in what was held out, beside baselines that know what the run knew."
     model, variables, config = trained
     fields = open_data(config) if fields is None else fields
-    test = cut(config, fields)[2]
-    known = fields.split(config.data.train, config.data.by)[0]
+    test, known = judged(config, fields), fields.split(config.data.train, config.data.by)[0]
     steps = steps or horizon(config, test)
     history = config.training.history
     return evaluate(
