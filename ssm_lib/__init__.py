@@ -33,6 +33,7 @@ from ssm_lib.models import (
     StackedSSM2D,
     StackedSSM3D,
     on_grid,
+    poles_of,
 )
 from ssm_lib.pipeline import (
     Config,

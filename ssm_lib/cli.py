@@ -32,8 +32,10 @@ from .data import pde_trajectories
 from .fields import Fields, boundaries, date, is_latitude, is_longitude
 from .forecasts import check_output, save_forecasts
 from .metrics import fit_linear, spectrum
+from .models import poles_of
 from .pipeline import DataConfig, ModelConfig, Config, TrainingConfig
-from .plots import animate_rollout, plot_errors, plot_losses, plot_rollout, plot_spectra, save_figure
+from .plots import animate_rollout, plot_errors, plot_losses, plot_poles, plot_rollout
+from .plots import plot_spectra, save_figure
 from .rollout import rollout
 from .runs import check_folder
 
@@ -242,6 +244,11 @@ def draw(
         energy = lambda x: spectrum(x, ends)[:, 0]
         some = {"truth": truth[-1], "forecast, first": made[0], "forecast, last": made[-1]}
         figures["spectra"] = plot_spectra({name: energy(x) for name, x in some.items()})
+    now = poles_of(trained.model, trained.variables)
+    if now:
+        flat = lambda found: np.concatenate([np.ravel(Lambda_bar) for Lambda_bar in found.values()])
+        before = poles_of(trained.model, pipeline.first_variables(trained.config))
+        figures["poles"] = plot_poles({"before": flat(before), "after": flat(now)})
     for name, figure in figures.items():
         save_figure(figure, folder / f"{name}.png", dpi=80)
     return [f"{name}.png" for name in figures] + ["forecast.gif"]

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['StackedSSM', 'StackedSSM2D', 'StackedSSM3D', 'BatchStackedSSMModel', 'BatchStackedSSM2DModel',
-           'BatchStackedSSM3DModel', 'on_grid']
+           'BatchStackedSSM3DModel', 'on_grid', 'poles_of']
 
 # %% ../nbs/31_models.ipynb #0a7bc3da
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -19,6 +20,7 @@ from .checks import Each, Function, Made, Maybe, Size, shown, takes
 from .contract import Recurrent
 from .scan import scan_in_segments, varying_as
 from .space import Dense, Space
+from .system import Diagonal
 
 # %% ../nbs/31_models.ipynb #5e9e0001
 def _in_segments(model, x, carry, times):
@@ -177,3 +179,24 @@ def on_grid(
     if new.grid == model.grid:
         return model
     return new.clone(space=(model.space or Dense()).on(model.grid, new.grid))
+
+# %% ../nbs/31_models.ipynb #31000002
+@takes(model=Made(Recurrent, "BatchStackedSSMModel(…)"))
+def poles_of(
+    model: Recurrent,  # a model, or a wrapper of one
+    variables,  # its variables
+) -> dict:  # path of a layer → (P,) or (H, P) poles of one step, Lambda_bar; no line for layers without
+    "The poles of each layer with a diagonal state, inside the unit disc where it is stable."
+    if isinstance(getattr(model, "model", None), Recurrent):
+        return poles_of(model.model, {name: tree["model"] for name, tree in variables.items() if "model" in tree})
+    found = {}
+
+    def note(call, args, kwargs, context):
+        made = call(*args, **kwargs)
+        if context.method_name == "system" and isinstance(made, Diagonal):
+            found["/".join(context.module.path)] = made.step(None)[0]
+        return made
+
+    with nn.intercept_methods(note):
+        model.apply(variables, jnp.zeros((1,) * (model.batch_axes or 0) + (1, *model.frame)))
+    return found

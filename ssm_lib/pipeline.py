@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'RECIPES', 'Recipe', 'MEMORY', 'WORK', 'DataConfig', 'ModelConfig', 'TrainingConfig', 'Found', 'Config',
-           'open_data', 'cut', 'resolve', 'inputs_of', 'build', 'train_run', 'Trained', 'open_run', 'judged', 'horizon',
-           'evaluate_run']
+           'open_data', 'cut', 'resolve', 'inputs_of', 'build', 'first_variables', 'train_run', 'Trained', 'open_run',
+           'judged', 'horizon', 'evaluate_run']
 
 # %% ../nbs/49_pipeline.ipynb #49000004
 import dataclasses
@@ -376,6 +376,14 @@ def _example(config):
     return jax.ShapeDtypeStruct((1, 2, *frame), jnp.float32)
 
 # %% ../nbs/49_pipeline.ipynb #49000011
+@takes(config=_CONFIG)
+def first_variables(
+    config: Config,  # resolved
+):  # variables, as training begins with
+    "The parameters that the seed of a config draws."
+    return jax.jit(build(config).init)(jax.random.PRNGKey(config.training.seed), jnp.zeros(_example(config).shape))
+
+
 def _loss(config, model, x):
     "One step ahead on windows that predict one frame, else rollouts; in units of what no change gets wrong at a lead."
     t, found = config.training, config.found
@@ -424,7 +432,7 @@ def train_run(
     own, valid, _ = cut(config, fields)
     inputs = inputs_of(config)
     x = WithInputs(own, inputs)
-    variables = jax.jit(model.init)(jax.random.PRNGKey(t.seed), jnp.zeros(_example(config).shape))
+    variables = first_variables(config)
     if config.found.gaps:
         variables = variables | {"fixed": {"observed": jnp.asarray(_observed(fields)[0])}}
     length = curriculum(t.updates, t.rollout, history=t.history, share=t.one_step)

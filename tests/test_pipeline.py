@@ -10,10 +10,18 @@ import jax
 import numpy as np
 import pytest
 import xarray as xr
+from sweep import quickly
 
 from ssm_lib import Config, DataConfig, ModelConfig, TrainingConfig, cli, open_run, pipeline, rollout, train_run
 
 RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def unoptimised():
+    with quickly():
+        yield
+
 T = 60
 
 
@@ -62,19 +70,22 @@ def test_from_a_file_to_a_forecast(kind, tmp_path, monkeypatch, capsys):
     """Inspect, train, evaluate and roll out; the file holds what a rollout in memory gives; the same again trains no more."""
     monkeypatch.chdir(tmp_path)
     file, options = kind(tmp_path)
-    size = ["--width", "4", "--updates", "8", "--rollout", "3", "--batch-size", "2", "--n-layers", "1", "--quiet"]
+    size = ["--width", "4", "--updates", "8", "--rollout", "2", "--batch-size", "2", "--n-layers", "1", "--quiet"]
     train = ["train", str(file), "--out", "run", *size, *options]
     assert cli.main(["inspect", str(file)]) == 0
     assert cli.main(train) == 0
     log = (tmp_path / "run/log.jsonl").read_text()
-    assert cli.main(train) == 0 and (tmp_path / "run/log.jsonl").read_text() == log
-    assert cli.main(["evaluate", "run", "--steps", "4", "--every", "20"]) == 0
+    drawn = kind in (series, trajectories, holes)
+    if drawn:
+        assert cli.main(train) == 0 and (tmp_path / "run/log.jsonl").read_text() == log
+    assert cli.main(["evaluate", "run", "--steps", "4", "--every", "20", *([] if drawn else ["--no-pictures"])]) == 0
     assert cli.main(["inspect", "run"]) == 0
     said = json.loads((tmp_path / "run/metrics.json").read_text())
     assert said["leads"] == [1, 2, 3, 4] and {"model", "persistence", "climatology"} <= said["nrmse"].keys()
     assert all(len(values) == 4 for values in said["nrmse"].values())
     pictures = {p.name for p in (tmp_path / "run").glob("*.png")}
-    assert {"errors.png", "loss.png"} <= pictures and (tmp_path / "run/forecast.gif").exists()
+    assert kind is not series or "poles.png" in pictures
+    assert not drawn or {"errors.png", "loss.png"} <= pictures and (tmp_path / "run/forecast.gif").exists()
 
     assert cli.main(["rollout", "run", str(file), "--steps", "5", "--out", "next.nc", "--start", "40"]) == 0
     model, variables, config = open_run(tmp_path / "run")
@@ -92,16 +103,21 @@ def test_from_a_file_to_a_forecast(kind, tmp_path, monkeypatch, capsys):
 
 def small(tmp_path, **training):
     np.save(tmp_path / "x.npy", waves(16))
-    options = {"updates": 12, "rollout": 3, "batch_size": 4, "validation": 0.0} | training
+    options = {"updates": 12, "rollout": 2, "batch_size": 4, "validation": 0.0} | training
     data, model = DataConfig(str(tmp_path / "x.npy")), ModelConfig("residual_conv", width=4, n_layers=1)
     return pipeline.resolve(Config(data, model, TrainingConfig(**options)))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    at = tmp_path_factory.mktemp("plain")
+    return train_run(at / "run", small(at, average=0.0, one_step=0.0)).variables
 
 
 @pytest.mark.parametrize(
     "option", [{"noise": 0.1}, {"pushforward": True}, {"accumulate": 2}, {"average": 0.9}, {"one_step": 1.0}, {"seed": 1}]
 )
-def test_options_of_the_training_count(option, tmp_path):
-    plain = train_run(tmp_path / "plain", small(tmp_path, average=0.0, one_step=0.0)).variables
+def test_options_of_the_training_count(option, plain, tmp_path):
     other = train_run(tmp_path / "other", small(tmp_path, **{"average": 0.0, "one_step": 0.0} | option)).variables
     differ = jax.tree.map(lambda a, b: np.abs(a - b).max(), plain, other)
     assert max(jax.tree.leaves(differ)) > 1e-5
@@ -135,14 +151,13 @@ def test_no_two_runs_share_a_folder(tmp_path, monkeypatch):
 
 def test_events_for_tensorboard(tmp_path):
     np.save(tmp_path / "x.npy", waves(16))
-    words = ["train", str(tmp_path / "x.npy"), "--out", str(tmp_path / "run"), "--updates", "20", "--width", "4", "--quiet"]
+    words = ["train", str(tmp_path / "x.npy"), "--out", str(tmp_path / "run"), "--updates", "20", "--rollout", "1", "--quiet"]
     assert cli.main([*words, "--tensorboard"]) == 0
     assert any(file.stat().st_size > 100 for file in (tmp_path / "run/events").iterdir())
 
 
 def test_demo(tmp_path, monkeypatch, capsys):
     """Too short to win, and says so by its exit code; told the same folder again it does not begin anew."""
-    show = cli.DEMOS["kolmogorov_flow"]
     pde, model = {"n_trajectories": 6, "n_frames": 22, "n_points": 12}, ModelConfig("residual_conv", width=4, n_layers=1)
     training = TrainingConfig(updates=5, batch_size=2, rollout=1, validation=0.0)
     monkeypatch.setitem(cli.DEMOS, "kolmogorov_flow", cli._Show(pde, 0.7, model, training, leads=(1, 4), every=9))
@@ -153,7 +168,7 @@ def test_demo(tmp_path, monkeypatch, capsys):
     assert cli.main(words) == 1 and (run / "log.jsonl").read_text() == log
     assert sorted(p.name for p in (run / "last").iterdir()) == kept
     assert cli.main([*words, "--seed", "1"]) == 2 and "expected the same" in capsys.readouterr().err  # another run's folder
-    assert cli.main(["evaluate", str(run), "--steps", "3"]) == 0 and show
+    assert cli.main(["evaluate", str(run), "--steps", "3", "--no-pictures"]) == 0
 
 
 def test_a_disk_that_is_full_while_it_writes(tmp_path):
