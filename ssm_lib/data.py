@@ -305,8 +305,9 @@ def curriculum(
     history: int = 1,  # frames that are given
     share: float = 0.5,  # of the updates that are one step ahead
 ) -> Callable:  # step → frames of a window, for `window_batches(length=…)`
-    "Windows that grow: to predict one frame, then 2, 4, 8 … up to `longest`, each for an equal part of what is left."
-    stages = [2**k for k in range(1, (longest - 1).bit_length())] + [longest]
+    "Windows that grow: to predict one frame, then 2, 4, 8 …, each for as long; the second half is `longest`."
+    stages = [2**k for k in range(1, (longest - 1).bit_length())]
+    stages += [longest] * max(1, len(stages))
 
     def length(step):
         part = (step / steps - share) / max(1 - share, 1e-9)

@@ -230,7 +230,8 @@ class Scores:
             "leads": list(range(1, T + 1)), "starts": len(self.mse["model"]),
             "variables": list(self.variables), "units": list(self.units),
             "nrmse": each(self.nrmse), "rmse": each(self.rmse), "mean_nrmse": each(self.mean_nrmse),
-            "rmse_by_scale": each(self.rmse_by_scale), "correlation_time": each(self.correlation_time), "interval_of_rmse": each(self.interval),
+            "rmse_by_scale": each(self.rmse_by_scale), "correlation_time": each(self.correlation_time),
+            "interval_of_rmse": each(self.interval),
         }  # fmt: skip
 
 # %% ../nbs/47_evaluation.ipynb #4700000d
@@ -256,14 +257,7 @@ def evaluate(
     ends, by_scale = boundaries(test), {}
     mean, deviation = climatology(train)
     simple, first = baselines(train, test, mean), max(history, steps_of_day(train))
-    room = test.shape[1] - steps - first + 1
-    if room < 1:
-        raise ValueError(
-            f"steps is {steps} for {test.shape[1]} frames; "
-            f"expected {steps + first} frames or more, as {first} are known before the first start."
-        )
-    every = every or max(1, -(-room * len(test) // 100))
-    starts = [(i, k) for i in range(len(test)) for k in range(first, first + room, every)]
+    starts = _starts(test, steps, first, every)
     weights, axes, found, alike, near = area_weights(test), len(test.space), {}, {}, RangeWatch(model)
     for at in range(0, len(starts), batch_size):
         some = starts[at : at + batch_size]
@@ -285,6 +279,18 @@ def evaluate(
     return Scores(gather(found), gather(alike), deviation, test.variables, units, tuple(starts), gather(by_scale))
 
 # %% ../nbs/47_evaluation.ipynb #4700001d
+def _starts(test, steps, first, every):
+    "Trajectory and first frame of each forecast."
+    room = test.shape[1] - steps - first + 1
+    if room < 1:
+        raise ValueError(
+            f"steps is {steps} for {test.shape[1]} frames; "
+            f"expected {steps + first} frames or more, as {first} are known before the first start."
+        )
+    every = every or max(1, -(-room * len(test) // 100))
+    return [(i, k) for i in range(len(test)) for k in range(first, first + room, every)]
+
+
 def _scales(frames, truth, ends):
     if not (np.isfinite(truth).all() and np.isfinite(frames).all()):
         return np.full((len(truth), 3, truth.shape[-1]), np.nan)

@@ -303,6 +303,8 @@ def _regular(axis):
     dates = type(axis.values.flat[0]).__module__.startswith("cftime")
     if axis.values.dtype.kind not in "Mmfiu" and not dates:
         raise ValueError(f"{axis.name} holds {shown(axis.values)}; expected dates or numbers.")
+    if axis.values.dtype.kind in "Mmf" and not (axis.values == axis.values).all():
+        raise ValueError(f"{axis.name} has times that are missing; expected one for each frame. Fill or drop them.")
     steps = np.diff(axis.values)
     if len(steps) and not (steps > steps[0] * 0).all():
         raise ValueError(
@@ -414,6 +416,8 @@ def _opened(path, key):
     if not path.exists():
         raise ValueError(f"{path} does not exist; expected a file that ends in one of {list(READERS)}.")
     kind = path.suffix.lower()
+    if key is not None and kind not in (".npz", ".zarr"):
+        raise ValueError(f"key is {key!r} for {path}; expected None, as such a file has no arrays to choose from.")
     if kind not in READERS:
         raise ValueError(
             f"{path} ends in {kind!r}; "

@@ -107,7 +107,7 @@ def spectrum(
     "Mean square of a field by wave number, rounded, over all directions; what lies above the last is in the last."
     x, n = np.asarray(x, np.float64), len(ends)
     if x.ndim <= n:
-        raise ValueError(f"x has shape {x.shape}; expected (…, *space, C) with {n} axes of space, one for each of ends.")
+        raise ValueError(f"x has shape {x.shape}; expected (…, *space, C) with {n} axes of space, as ends has.")
     axes, waves = tuple(range(-n - 1, -1)), []
     for axis, end in zip(axes, ends):
         scale = 1.0
@@ -123,7 +123,9 @@ def spectrum(
     return np.stack([flat[..., band.ravel() == b, :].sum(-2) for b in range(top + 1)], -2)
 
 
-@takes(prediction=Array("(…, *space, C)"), truth=Array("(…, *space, C)", "reals", finite=True), ends=Names(), bands=Size())
+@takes(
+    prediction=Array("(…, *space, C)"), truth=Array("(…, *space, C)", "reals", finite=True), ends=Names(), bands=Size()
+)
 def band_errors(
     prediction: np.ndarray,  # (…, *space, C)
     truth: np.ndarray,  # the same shape

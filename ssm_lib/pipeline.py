@@ -309,7 +309,7 @@ def resolve(
     t, remembers, per_day = config.training, model.recipe in MEMORY, steps_of_day(fields)
     rollout = t.rollout or (per_day if 2 <= per_day <= 24 else 8)
     history = t.history or (min(16, cut(config, fields)[0].shape[1] // 4) if remembers else 1)
-    frames = t.one_step + (1 - t.one_step) * rollout / 2 + (history if remembers else 0)
+    frames = t.one_step + (1 - t.one_step) * rollout * 0.65 + (history if remembers else 0)  # of a curriculum's mean
     size = 1 if model.recipe == "dense_s5" else (model.width / 16) * (model.n_layers / 3)
     work = math.prod(found.grid) * t.batch_size * frames * size
     updates = t.updates or int(np.clip(WORK / work, 200, 3000)) // 10 * 10
@@ -413,7 +413,7 @@ def _validator(config, model, x):
 
     return score
 
-
+# %% ../nbs/49_pipeline.ipynb #49000021
 @takes(folder=FilePath(), config=_CONFIG, fields=Maybe(_FIELDS))
 def train_run(
     folder: str | Path,  # made if missing
@@ -440,8 +440,8 @@ def train_run(
     optimizer = make_optimizer(model, t.learning_rate, t.updates, accumulate=t.accumulate)
     validate = _validator(config, model, WithInputs(valid, inputs)) if valid is not None else None
     variables, losses = fit(
-        _loss(config, model, own), variables, batches, optimizer, t.updates, seed=t.seed, progress=progress, report=report,
-        check_every=max(10, t.updates // 25), run=Run(folder, stored.as_json()), validate=validate,
+        _loss(config, model, own), variables, batches, optimizer, t.updates, seed=t.seed, progress=progress,
+        report=report, check_every=max(10, t.updates // 25), run=Run(folder, stored.as_json()), validate=validate,
         patience=t.patience if validate else None, average=t.average or None,
     )  # fmt: skip
     return Trained(model, variables, _at(config, Path(config.data.file).absolute()))

@@ -51,7 +51,8 @@ def _places(space, shape):
         names = ("grid point",) if len(shape) == 1 else ("", "")
         return [(name, np.arange(n)) for name, n in zip(names, shape)]
     if len(space) < len(shape) or [len(axis.values) for axis in space[-len(shape) :]] != list(shape):
-        raise ValueError(f"space has sizes {[len(axis.values) for axis in space]}; expected an axis for each of {shape}.")
+        sizes = [len(axis.values) for axis in space]
+        raise ValueError(f"space has sizes {sizes}; expected an axis for each of {shape}.")
     return [(axis.name, np.asarray(axis.values)) for axis in space[-len(shape) :]]
 
 

@@ -67,6 +67,7 @@ def place(tmp_path_factory):
     dataset(coords={"time": time[::-1]}).to_netcdf(at / "backwards.nc")
     dataset(coords={"time": np.sort(np.r_[time[: T // 2], time[: T // 2]])}).to_netcdf(at / "twice.nc")
     dataset(coords={"time": np.r_[time[: T // 2], time[T // 2 :] + np.timedelta64(9, "D")]}).to_netcdf(at / "jump.nc")
+    dataset(coords={"time": np.r_[time[:-1], np.datetime64("NaT", "ns")]}).to_netcdf(at / "missing.nc")
     good.rename(time="row").drop_vars("row").to_netcdf(at / "timeless.nc")
     good[["land"]].to_netcdf(at / "still.nc")
     good.isel(time=slice(0, 3)).to_netcdf(at / "short.nc")
@@ -121,7 +122,7 @@ def place(tmp_path_factory):
 FILES = [
     "absent.nc", "infinite.npy", "empty.npy", "one.npy", "integers.npy", "complex.npy", "number.npy", "objects.npy", "seven.npy",
     "two.npz", "none.npz", "text.npy", "text.nc", "text.npz", "table.csv", "half.nc", "half.npy", "folder.nc", "empty.zarr", "a folder",
-    "backwards.nc", "twice.nc", "jump.nc", "timeless.nc", "still.nc", "short.nc", "moment.nc", "nothing.nc", "good.npy",
+    "backwards.nc", "twice.nc", "jump.nc", "missing.nc", "timeless.nc", "still.nc", "short.nc", "moment.nc", "nothing.nc", "good.npy",
 ]  # fmt: skip
 CONFIGS = [
     "null", "list", "number", "text", "no_data", "unknown", "unknown_key", "other_layer", "words", "negative", "real", "null_part",
@@ -140,6 +141,7 @@ WORDS = [
     "train good.nc --boundary nowhere --recipe residual_conv", "train good.nc --boundary periodic zero replicate",
     "train good.nc --variables no_such", "train good.nc --forcings no_such", "train good.nc --time no_such",
     "train good.nc --space latitude", "train good.nc --layout THW", "train good.npy --layout TT", "train two.npz --key c",
+    "train good.nc --key c",
     "train good.npy --variables u", "train good.nc --history 100", "train good.nc --rollout 1000", "train good.nc --known moon",
     "train good.nc --seed -1", "train good.nc --batch-size 2.5", "train good.nc --dtype float8", "train good.nc --config",
     "train good.nc --out good.nc", "train good.nc --out good.nc/run", "train good.nc --out run", "evaluate run --steps 1000",
