@@ -58,7 +58,7 @@ def _facts(config, fields):
             n, length = part.shape[:2]
             ends = " to ".join(date(part.time.values[k]) for k in (0, -1))
             yield f"  {what} {n} × {length} frames, {ends}"
-    sizes = {name: value for name, value in dataclasses.asdict(config.model).items() if value is not None}
+    sizes = {name: value for name, value in dataclasses.asdict(config.model).items() if value not in (None, ())}
     shapes = jax.eval_shape(pipeline.build(config).init, jax.random.PRNGKey(0), pipeline._example(config))
     count = sum(p.size for p in jax.tree.leaves(shapes["params"]))
     yield "network: " + ", ".join(f"{name} {_plain(value)}" for name, value in sizes.items()) + f"; {count} parameters"
@@ -66,7 +66,7 @@ def _facts(config, fields):
 
 
 def _plain(value):
-    return ", ".join(value) if isinstance(value, tuple) else value
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else value
 
 
 @dataclass(frozen=True)

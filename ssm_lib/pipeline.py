@@ -27,7 +27,7 @@ from .checks import check_fields, shown, takes
 from .data import curriculum, fit_normalizer, growth, window_batch, window_batches
 from .evaluation import Scores, evaluate, steps_of_day
 from .fields import Fields, boundaries, open_fields
-from .forecaster import Forecaster
+from .forecaster import Forecaster, Lagged
 from .inputs import Inputs, WithInputs, fit_inputs
 from .runs import Run, check_folder, load_run
 from .training import fit, make_optimizer, next_frame_loss, rollout_loss
@@ -90,10 +90,12 @@ class ModelConfig(_Part):
     modes: int | None = None  # highest wave number, or poles of a scan
     d_hidden: int | None = None  # states of a layer that remembers
     boundary: tuple[str, ...] | None = None  # how each axis ends: periodic, reflect, replicate or zero
+    lags: tuple[int, ...] | None = None  # frames before the predicted one that it is told, too: yesterday's; 0 for none
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the products; states stay in float32
 
     kinds = {
-        "recipe": Maybe(Choice(tuple(RECIPES))), "boundary": Maybe(Names()), "dtype": Choice(("float32", "bfloat16")),
+        "recipe": Maybe(Choice(tuple(RECIPES))), "boundary": Maybe(Names()),
+        "lags": Maybe(Each(Size(0))), "dtype": Choice(("float32", "bfloat16")),
         **dict.fromkeys(("width", "n_layers", "kernel", "modes", "d_hidden"), Maybe(Size())),
     }  # fmt: skip
 
@@ -278,7 +280,7 @@ def _find(config, fields, ends):
     return Found(fields.variables, axes, grid, _step(fields), **scales, gaps=gaps, inputs=inputs)
 
 
-def _resolve_model(model, grid, ends, frames):
+def _resolve_model(model, grid, ends, frames, per_day):
     "The network, all said."
     recipe = model.recipe or ("conv_spectral" if min(grid) >= 16 else "dense_s5")
     has = inspect.signature(RECIPES[recipe]).parameters
@@ -294,7 +296,9 @@ def _resolve_model(model, grid, ends, frames):
         if value is None and name in has:
             default = has[name].default
             said[name] = usual.get(name, None if default is inspect.Parameter.empty else default)
-    return dataclasses.replace(model, recipe=recipe, **said)
+    days = (per_day, per_day + 1) if 2 <= per_day <= 48 and recipe not in MEMORY else ()
+    lags = days if model.lags is None else tuple(lag for lag in model.lags if lag)
+    return dataclasses.replace(model, recipe=recipe, lags=lags, **said)
 
 # %% ../nbs/49_pipeline.ipynb #4900001d
 @takes(config=_CONFIG, fields=Maybe(_FIELDS))
@@ -306,16 +310,17 @@ def resolve(
     fields = open_data(config) if fields is None else fields
     ends = boundaries(fields)
     found = _find(config, fields, ends)
-    there = math.prod(cut(config, fields)[0].shape[:2])
-    model = _resolve_model(config.model, found.grid, ends, there)
-    t, remembers, per_day = config.training, model.recipe in MEMORY, steps_of_day(fields)
+    there, per_day = math.prod(cut(config, fields)[0].shape[:2]), steps_of_day(fields)
+    model = _resolve_model(config.model, found.grid, ends, there, per_day)
+    t, remembers = config.training, model.recipe in MEMORY
     rollout = t.rollout or (per_day if 2 <= per_day <= 24 else 8)
-    history = t.history or (min(16, cut(config, fields)[0].shape[1] // 4) if remembers else 1)
-    frames = t.one_step + (1 - t.one_step) * rollout * 0.65 + (history if remembers else 0)  # of a curriculum's mean
+    usual = min(16, cut(config, fields)[0].shape[1] // 4) if remembers else max(model.lags, default=1)
+    history = t.history or usual
+    ahead = t.one_step + (1 - t.one_step) * rollout * 0.65  # frames, in the mean of a curriculum
     size = 1 if model.recipe == "dense_s5" else (model.width / 16) * (model.n_layers / 3)
-    work = math.prod(found.grid) * t.batch_size * frames * size
+    work = math.prod(found.grid) * t.batch_size * (ahead + history - 1) * size
     shift = all(end == "periodic" for end in ends) if t.shift is None else t.shift
-    often = there * (math.inf if shift else SEEN) / (t.batch_size * frames)
+    often = there * (math.inf if shift else SEEN) / (t.batch_size * ahead)
     updates = t.updates or int(np.clip(min(WORK / work, often), 200, 3000)) // 10 * 10
     kept_back = cut(config, fields)[1]
     need = history + rollout  # fewer than eight windows say too little
@@ -363,7 +368,9 @@ def build(
     sizes = {name: getattr(config.model, name) for name in names if getattr(config.model, name) is not None}
     inner = RECIPES[config.model.recipe](found.grid, len(found.variables), **sizes)
     dtype = None if config.model.dtype == "float32" else jnp.bfloat16
-    inner = inner.clone(d_inputs=_count(inputs_of(config), found), dtype=dtype)
+    told, lags = _count(inputs_of(config), found), config.model.lags
+    inner = inner.clone(d_inputs=told + len(lags) * len(found.variables), dtype=dtype)
+    inner = Lagged(inner, lags) if lags else inner
     return Forecaster(inner, found.mean, found.std, found.increment_std, gaps=found.gaps)
 
 

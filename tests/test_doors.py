@@ -104,6 +104,7 @@ VALID = {
     "inputs.fit_inputs": dict(fields=FIELDS, coordinates=()),
     "lru.apply_lru_dynamics": dict(inputs=r(L, H), discrete_lambda=poles, B_norm=z(P, H), C=z(H, P), D=r(H)),
     "lru.apply_lru_dynamics_from_ic": dict(ic=r(1, H), n_steps=3, discrete_lambda=poles, B_norm=z(P, H), C=z(H, P)),
+    "forecaster.Lagged": dict(model=model.clone(d_vars=1, d_inputs=2), lags=(2, 3)),
     "forecasts.as_dataset": dict(frames=r(2, 1, 3, 4, 1), fields=FIELDS, starts=(0,)),
     "forecasts.check_output": dict(path=FOLDER / "new.nc", size=10, overwrite=True),
     "forecasts.save_forecasts": dict(
@@ -144,7 +145,7 @@ VALID = {
     ),
     "pipeline.Found": dataclasses.asdict(CONFIG.found),
     "pipeline.ModelConfig": dict(
-        recipe="fno", width=4, n_layers=2, kernel=3, modes=2, d_hidden=4, boundary=("zero",), dtype="bfloat16"
+        recipe="fno", width=4, n_layers=2, kernel=3, modes=2, d_hidden=4, boundary=("zero",), dtype="bfloat16", lags=(2,)
     ),
     "pipeline.TrainingConfig": dict(
         updates=1, batch_size=1, learning_rate=0.1, history=1, rollout=1, one_step=0.5, noise=0.1, pushforward=True, average=0.5,
