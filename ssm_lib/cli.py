@@ -410,7 +410,7 @@ def learn(
 class Demo:
     """Learn chaotic PDEs from nothing, roll them out from held-out frames, compare with baselines.
 
-    One run for each, with data, pictures and errors: about three minutes of training on two cores.
+    One run for each, with data, pictures and errors: some two minutes on two cores.
     """
 
     pde: Literal["kuramoto_sivashinsky", "kolmogorov_flow"] | None = None  # one after the other unless told

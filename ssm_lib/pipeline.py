@@ -90,12 +90,12 @@ class ModelConfig(_Part):
     modes: int | None = None  # highest wave number, or poles of a scan
     d_hidden: int | None = None  # states of a layer that remembers
     boundary: tuple[str, ...] | None = None  # how each axis ends: periodic, reflect, replicate or zero
-    lags: tuple[int, ...] | None = None  # frames before the predicted one that it is told, too: yesterday's; 0 for none
+    lags: tuple[int, ...] | None = None  # how many frames before the predicted one others lie that it is told, too
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the products; states stay in float32
 
     kinds = {
         "recipe": Maybe(Choice(tuple(RECIPES))), "boundary": Maybe(Names()),
-        "lags": Maybe(Each(Size(0))), "dtype": Choice(("float32", "bfloat16")),
+        "lags": Maybe(Each(Size(2))), "dtype": Choice(("float32", "bfloat16")),
         **dict.fromkeys(("width", "n_layers", "kernel", "modes", "d_hidden"), Maybe(Size())),
     }  # fmt: skip
 
@@ -280,7 +280,7 @@ def _find(config, fields, ends):
     return Found(fields.variables, axes, grid, _step(fields), **scales, gaps=gaps, inputs=inputs)
 
 
-def _resolve_model(model, grid, ends, frames, per_day):
+def _resolve_model(model, grid, ends, frames):
     "The network, all said."
     recipe = model.recipe or ("conv_spectral" if min(grid) >= 16 else "dense_s5")
     has = inspect.signature(RECIPES[recipe]).parameters
@@ -296,9 +296,7 @@ def _resolve_model(model, grid, ends, frames, per_day):
         if value is None and name in has:
             default = has[name].default
             said[name] = usual.get(name, None if default is inspect.Parameter.empty else default)
-    days = (per_day, per_day + 1) if 2 <= per_day <= 48 and recipe not in MEMORY else ()
-    lags = days if model.lags is None else tuple(lag for lag in model.lags if lag)
-    return dataclasses.replace(model, recipe=recipe, lags=lags, **said)
+    return dataclasses.replace(model, recipe=recipe, lags=model.lags or (), **said)
 
 # %% ../nbs/49_pipeline.ipynb #4900001d
 @takes(config=_CONFIG, fields=Maybe(_FIELDS))
@@ -311,7 +309,7 @@ def resolve(
     ends = boundaries(fields)
     found = _find(config, fields, ends)
     there, per_day = math.prod(cut(config, fields)[0].shape[:2]), steps_of_day(fields)
-    model = _resolve_model(config.model, found.grid, ends, there, per_day)
+    model = _resolve_model(config.model, found.grid, ends, there)
     t, remembers = config.training, model.recipe in MEMORY
     rollout = t.rollout or (per_day if 2 <= per_day <= 24 else 8)
     usual = min(16, cut(config, fields)[0].shape[1] // 4) if remembers else max(model.lags, default=1)

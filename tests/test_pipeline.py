@@ -62,7 +62,7 @@ def holes(at):
     x = np.where(RNG.random((T, 6, 8)) < 0.2, np.nan, waves(6, 8))
     x[:, 0, :3] = np.nan
     dated(x, ("latitude", "longitude"), latitude=np.arange(50.0, 44, -1), longitude=np.arange(8.0)).to_netcdf(at / "x.nc")
-    return at / "x.nc", ["--recipe", "residual_conv", "--variables", "a", "b"]  # with yesterday, four and five frames ago
+    return at / "x.nc", ["--recipe", "residual_conv", "--variables", "a", "b", "--lags", "4", "5"]  # a day and one more
 
 
 @pytest.mark.parametrize("kind", [series, line, trajectories, volume, holes])
