@@ -356,7 +356,7 @@ class _Show:
 DEMOS = {
     "kuramoto_sivashinsky": _Show(
         pde={"n_trajectories": 80, "n_frames": 200, "n_points": 64, "dt": 0.25}, train=0.7,
-        model=ModelConfig("dense_s5"),
+        model=ModelConfig("dense_s5", n_layers=4),
         training=TrainingConfig(
             updates=5000, batch_size=32, learning_rate=8e-3, history=1, rollout=16, shift=True,
             average=0.0, validation=0.0,
@@ -461,8 +461,9 @@ def _parsed(argv):
 
 def _one_line(box):
     "What a box of tyro says, without the box: what stands above its first rule."
-    lines = [line.strip("│|╭╮╰╯+ ") for line in box.splitlines()[1:]]
-    said = " ".join(filter(None, itertools.takewhile(lambda line: not line or line.strip("─-"), lines)))
+    lines, rule = [line.strip("│|╭╮╰╯+ ") for line in box.splitlines()], re.compile("[─-]{4}")
+    lines = itertools.dropwhile(lambda line: not line or rule.search(line), lines)
+    said = " ".join(filter(None, itertools.takewhile(lambda line: not rule.search(line), lines)))
     said = re.sub(r"Error parsing \S*__tyro\S*: | See ssm_lib.*| Got errors:.*", "", said)
     return f"{said[:300].rstrip('.')}. See ssm_lib --help."
 
