@@ -460,8 +460,8 @@ def _parsed(argv):
 
 
 def _one_line(box):
-    "What a box of tyro says, without the box: what stands above its first rule."
-    lines, rule = [line.strip("│|╭╮╰╯+ ") for line in box.splitlines()], re.compile("[─-]{4}")
+    "What a box of tyro says, without the box and its title: what stands above the next rule."
+    lines, rule = [line.strip("│|╭╮╰╯+ ") for line in box.splitlines()[1:]], re.compile("[─-]{4}")
     lines = itertools.dropwhile(lambda line: not line or rule.search(line), lines)
     said = " ".join(filter(None, itertools.takewhile(lambda line: not rule.search(line), lines)))
     said = re.sub(r"Error parsing \S*__tyro\S*: | See ssm_lib.*| Got errors:.*", "", said)
