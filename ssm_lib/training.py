@@ -320,7 +320,8 @@ class _Training:
             self.run.keep(self.moment, now=True)
         if self.validate is not None and self.best is None:
             warnings.warn("no look had a score that is finite; the last variables are returned.", stacklevel=4)
-        return (self.moment.trained if self.best is None else self.best), self.moment.losses
+        best = None if self.validate is None else self.best
+        return (self.moment.trained if best is None else best), self.moment.losses
 
 # %% ../nbs/41_training.ipynb #41f10003
 @takes(
