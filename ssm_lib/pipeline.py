@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'RECIPES', 'Recipe', 'MEMORY', 'WORK', 'SEEN', 'DataConfig', 'ModelConfig', 'TrainingConfig', 'Found',
-           'Config', 'open_data', 'cut', 'resolve', 'inputs_of', 'build', 'first_variables', 'train_run', 'Trained',
+           'Config', 'open_data', 'cut', 'resolve', 'inputs_of', 'build', 'first_variables', 'Trained', 'train_run',
            'open_run', 'judged', 'horizon', 'evaluate_run']
 
 # %% ../nbs/49_pipeline.ipynb #49000004
@@ -422,6 +422,21 @@ def _validator(config, model, x):
     return score
 
 # %% ../nbs/49_pipeline.ipynb #49000021
+class Trained(NamedTuple):
+    """What a run has learned.
+
+    Parameters
+    ----------
+    model : a `Forecaster`
+    variables : of it
+    config : resolved
+    """
+
+    model: Forecaster
+    variables: Any
+    config: Config
+
+
 @takes(folder=FilePath(), config=_CONFIG, fields=Maybe(_FIELDS))
 def train_run(
     folder: str | Path,  # made if missing
@@ -430,7 +445,7 @@ def train_run(
     fields: Fields | None = None,  # the data, if they are open already
     progress: str | None = None,  # label of a progress bar
     report=None,  # as in `fit`
-) -> "Trained":
+) -> Trained:
     "Learn a config, or go on with it. Raises ValueError for what can't be, before any compute."
     fields = open_data(config) if fields is None else fields
     check_folder(folder)
@@ -468,21 +483,6 @@ def _as_stored(folder, config):
         return _at(config, file.relative_to(folder) if file.is_relative_to(folder) else file)
 
 # %% ../nbs/49_pipeline.ipynb #49000012
-class Trained(NamedTuple):
-    """What a run has learned.
-
-    Parameters
-    ----------
-    model : a `Forecaster`
-    variables : of it
-    config : resolved
-    """
-
-    model: Forecaster
-    variables: Any
-    config: Config
-
-
 @takes(folder=FilePath())
 def open_run(
     folder: str | Path,  # that `train_run` made

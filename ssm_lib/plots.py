@@ -110,7 +110,7 @@ def plot_errors(
     ylabel: str = "nRMSE",  # what the numbers are
     dt: float = 1.0,  # time between frames
     time_label: str = "lead (frames)",  # unit of time
-    intervals: dict | None = None,  # name → (2, T), e.g. of `Scores.interval`
+    intervals: dict | None = None,  # name → (2, T), lower and upper bound
     level: float | None = 1.0,  # marked; None: nothing is, and the axis is straight and begins at zero
 ):  # a matplotlib Figure
     "Error against lead time, one line a forecast; the level of knowing nothing is marked at 1."
