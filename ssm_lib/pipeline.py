@@ -205,7 +205,7 @@ def _part(name, part, values):
     return part(**values)
 
 # %% ../nbs/49_pipeline.ipynb #4900000c
-WORK = 7e7  # places × frames of a training of some five minutes, at width 16 and 3 blocks
+WORK = 4e7  # places × frames of a training of some five minutes, at width 16 and 3 blocks
 SEEN = 70  # times that each frame is seen, where windows are not shifted: after that it is known by heart
 
 
