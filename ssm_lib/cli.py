@@ -384,9 +384,12 @@ def learn(
 ) -> bool:  # whether the model beats all baselines at every lead
     "Make the data of a PDE, learn it, roll it out from held-out frames, compare and say so."
     x = pde_trajectories(pde, **show.pde, seed=seed)
-    check_folder(folder).mkdir(parents=True, exist_ok=True)
-    np.save(folder / "data.npy", x)
-    data = DataConfig(str(folder / "data.npy"), train=show.train, known=())
+    file = check_folder(folder) / "data.npy"
+    if file.exists() and not np.array_equal(np.load(file), x):
+        raise ValueError(f"{folder} holds a run with other data; expected the same. Take another folder, or its seed.")
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(file, x)
+    data = DataConfig(str(file), train=show.train, known=())
     config = Config(data, show.model, dataclasses.replace(show.training, seed=seed))
     fields = pipeline.open_data(config)
     train, _, test = pipeline.cut(config, fields)

@@ -61,6 +61,8 @@ _FIELDS = Made(Fields, 'open_fields("ocean.nc")')
 def _leads(fields, steps):
     "How far ahead each frame lies: a timedelta, or a number where time is one."
     times = fields.time.values
+    if len(times) < 2 and times.dtype.kind == "i":  # frames that are counted
+        times = np.arange(2)
     if len(times) < 2:
         raise ValueError(f"{fields.time.name} has one value; expected two or more, to know the step of the forecast.")
     step, ahead = times[1] - times[0], np.arange(1, steps + 1)

@@ -144,6 +144,18 @@ def test_a_run_can_be_moved_with_or_without_its_data(tmp_path):
     assert cli.main(["evaluate", str(tmp_path / "d"), "--no-pictures"]) == 0
 
 
+def test_one_frame_is_an_initial_condition(tmp_path):
+    """A file with the first frame alone, of several trajectories, goes on as the frame does in memory."""
+    model, variables, config = train_run(tmp_path / "run", small(tmp_path))
+    frames = np.stack([waves(16)[:1, :, None], -waves(16)[:1, :, None]])
+    np.save(tmp_path / "first.npy", frames)
+    words = ["rollout", str(tmp_path / "run"), str(tmp_path / "first.npy"), "--steps", "4", "--out", str(tmp_path / "next.npy")]
+    assert cli.main(words) == 0
+    beside = pipeline.inputs_of(config).read(pipeline.open_data(config), 0, 0, 4)[None]
+    made = rollout(model, variables, frames, 4, inputs=np.repeat(beside, 2, 0))
+    np.testing.assert_allclose(np.load(tmp_path / "next.npy")[:, 0], made, rtol=1e-5, atol=1e-6)
+
+
 def test_no_two_runs_share_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli.time, "strftime", lambda form: "20200101-000000")  # all in one second
@@ -166,9 +178,11 @@ def test_demo(tmp_path, monkeypatch, capsys):
     assert cli.main(words) == 1 and "does not beat" in capsys.readouterr().out
     run = tmp_path / "demo/kolmogorov_flow"
     log, kept = (run / "log.jsonl").read_text(), sorted(p.name for p in (run / "last").iterdir())
+    data = (run / "data.npy").read_bytes()
     assert cli.main(words) == 1 and (run / "log.jsonl").read_text() == log
     assert sorted(p.name for p in (run / "last").iterdir()) == kept
     assert cli.main([*words, "--seed", "1"]) == 2 and "expected the same" in capsys.readouterr().err  # another run's folder
+    assert (run / "data.npy").read_bytes() == data
     assert cli.main(["evaluate", str(run), "--steps", "3", "--no-pictures"]) == 0
 
 
