@@ -120,7 +120,7 @@ class Names:
             raise ValueError(f"{name} is {shown(value)}; expected a list of names.")
         return value
 
-
+# %% ../nbs/00_checks.ipynb #00000d04
 @dataclass(frozen=True)
 class Function:
     "What can be called; a module that is made already is not what makes one."

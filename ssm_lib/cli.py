@@ -31,6 +31,7 @@ from .checks import FilePath, Size, needs
 from .data import pde_trajectories
 from .fields import Fields, boundaries, date, is_latitude, is_longitude
 from .forecasts import check_output, save_forecasts
+from .inputs import known_before
 from .metrics import fit_linear, spectrum
 from .models import poles_of
 from .pipeline import DataConfig, ModelConfig, Config, TrainingConfig
@@ -59,7 +60,7 @@ def _facts(config, fields):
             ends = " to ".join(date(part.time.values[k]) for k in (0, -1))
             yield f"  {what} {n} × {length} frames, {ends}"
     sizes = {name: value for name, value in dataclasses.asdict(config.model).items() if value not in (None, ())}
-    shapes = jax.eval_shape(pipeline.build(config).init, jax.random.PRNGKey(0), pipeline._example(config))
+    shapes = jax.eval_shape(lambda: pipeline.first_variables(config))
     count = sum(p.size for p in jax.tree.leaves(shapes["params"]))
     yield "network: " + ", ".join(f"{name} {_plain(value)}" for name, value in sizes.items()) + f"; {count} parameters"
     yield f"training: {t.updates} updates of {t.batch_size} windows, {t.rollout} frames ahead of {t.history}"
@@ -257,9 +258,7 @@ def draw(
 def _one_forecast(trained, test, start, steps):
     "Truth and forecast from one start, (steps, *space, C)."
     (model, variables, config), (i, k) = trained, start
-    history = config.training.history
-    beside = pipeline.inputs_of(config).read(test, i, k - history, k + steps - 1)[None]
-    beside, past = beside if beside.shape[-1] else None, test[i, k - history : k][None]
+    past, beside = known_before(test, pipeline.inputs_of(config), [start], steps, config.training.history)
     made = np.asarray(rollout(model, variables, past, steps, inputs=beside, check=False))[0]
     return test[i, k : k + steps], made
 

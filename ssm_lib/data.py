@@ -320,15 +320,13 @@ def curriculum(
 def growth(
     x: np.ndarray,  # (M, T, *space, C)
     steps: int,  # leads
-    *,
-    most: int = 256,  # windows that are looked at, from all over
 ) -> np.ndarray:  # (steps, C) float32
-    "Root mean square of `x[:, k + lead] - x[:, k]` at leads 1, 2, …; gaps are left out, and a variable at rest gets 1."
+    "Root mean square of `x[:, k + lead] - x[:, k]`, in 256 windows; gaps are left out, and a variable at rest gets 1."
     n, length = check_trajectories(x).shape[:2]
     if steps >= length:
         raise ValueError(f"steps is {steps}; expected fewer than {length}, the frames of a trajectory.")
     starts = length - steps
-    some = np.unique(np.linspace(0, n * starts - 1, most).astype(int))
+    some = np.unique(np.linspace(0, n * starts - 1, 256).astype(int))
     sums = np.zeros((2, steps, x.shape[-1]))
     for k in some:
         i, a = divmod(int(k), starts)

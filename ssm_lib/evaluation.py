@@ -16,7 +16,7 @@ import numpy as np
 
 from .checks import Array, Made, Maybe, Number, Size, takes
 from .fields import Fields, area_weights, boundaries
-from .inputs import Inputs, share_of
+from .inputs import Inputs, known_before, share_of
 from .metrics import band_errors
 from .rollout import check_model, rollout
 
@@ -262,8 +262,8 @@ def evaluate(
     for at in range(0, len(starts), batch_size):
         some = starts[at : at + batch_size]
         full = some + some[-1:] * (batch_size - len(some))  # always of one shape, to be compiled once
-        past = np.stack([test[i, k - history : k] for i, k in full])
-        future = {"model": _forecasts(model, variables, past, test, inputs, full, steps)}
+        past, beside = known_before(test, inputs, full, steps, history)
+        future = {"model": np.asarray(rollout(model, variables, past, steps, inputs=beside, check=False))}
         near.look(future["model"])
         future |= {name: np.asarray(own(past, steps)) for name, own in (others or {}).items()}
         for n, (i, k) in enumerate(some):
@@ -302,14 +302,6 @@ def _check_alike(train, test):
     same = np.allclose(*step, rtol=1e-3) if step[0].dtype.kind in "fiu" else (step[0] == step[1]).all()
     if train.shape[2:] != test.shape[2:] or train.variables != test.variables or not same:
         raise ValueError(f"test is {test}; expected the grid, variables and step of train, {train}.")
-
-
-def _forecasts(model, variables, past, test, inputs, starts, steps):
-    "Rollouts from some starts, (B, steps, *space, C)."
-    beside, history = None, past.shape[1]
-    if inputs is not None and inputs.names(test):
-        beside = np.stack([inputs.read(test, i, k - history, k + steps - 1) for i, k in starts])
-    return np.asarray(rollout(model, variables, past, steps, inputs=beside, check=False))
 
 
 def _correlation(a, b, axes, weights):

@@ -11,7 +11,6 @@ from dataclasses import replace
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from .checks import Array, Each, Flag, Size, shown
 from .contract import Recurrent
@@ -136,12 +135,10 @@ class Lagged(Recurrent):
     ----------
     model : reads C variables and n·C + K inputs (`d_inputs`), for n lags
     lags : how many frames before the predicted one each lies, 2 or more
-    adds : for each lag, what of that frame is added to the answer of the model: a number, or one for each variable
     """
 
     model: nn.Module
     lags: tuple
-    adds: tuple = ()
 
     kinds = {"lags": Each(Size(2))}
     batch_axes = property(lambda self: self.model.batch_axes)
@@ -154,10 +151,6 @@ class Lagged(Recurrent):
         if not isinstance(self.model, Recurrent):
             raise ValueError(f"model is {shown(self.model)}; expected a model, e.g. BatchStackedSSMModel(…).")
         object.__setattr__(self, "lags", tuple(self.lags) if isinstance(self.lags, list | tuple) else (self.lags,))
-        adds = tuple(tuple(map(float, np.ravel(add))) for add in self.adds)
-        object.__setattr__(self, "adds", adds)
-        if adds and (len(adds) != len(self.lags) or not np.isfinite([z for add in adds for z in add]).all()):
-            raise ValueError(f"adds are {shown(self.adds)} for lags {self.lags}; expected finite numbers for each lag.")
         super().__post_init__()
         if self.d_inputs < 0 or not self.lags:
             least = max(1, len(self.lags)) * self.variables_told
@@ -167,7 +160,7 @@ class Lagged(Recurrent):
         said = {"dt": times.dt, "mask": times.mask, "reset": times.reset}
         wrong = [name for name, value in said.items() if value is not None]
         if wrong:
-            raise ValueError(f"{wrong[0]} is given; expected none: lags count frames. Leave frames out of no stretch.")
+            raise ValueError(f"{wrong[0]} is given; expected none: lags count frames. Fill the gaps, or drop lags.")
         c, axis, most, T = self.variables_told, times.axis, max(self.lags), x.shape[times.axis]
         state, past = (None, None) if carry is None else carry
         if past is None:
@@ -175,7 +168,6 @@ class Lagged(Recurrent):
         known = jnp.concatenate([past.astype(x.dtype), x[..., :c]], axis)
         told = [jax.lax.slice_in_dim(known, most + 1 - lag, most + 1 - lag + T, axis=axis) for lag in self.lags]
         state, y = self.model.stretch(jnp.concatenate([x[..., :c], *told, x[..., c:]], -1), state, times)
-        y = sum((jnp.asarray(add, y.dtype) * frame.astype(y.dtype) for add, frame in zip(self.adds, told)), y)
         if times.keep == "all":
             at = jnp.arange(T)[:, None] + 1 + jnp.arange(most)
             return (state, jnp.take(known, at, axis=axis)), y

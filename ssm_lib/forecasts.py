@@ -20,7 +20,7 @@ import numpy as np
 from .checks import Array, Choice, FilePath, Flag, Made, Maybe, Number, Size, needs, shown, takes
 from .evaluation import RangeWatch
 from .fields import Fields, date
-from .inputs import Inputs
+from .inputs import Inputs, known_before
 from .rollout import check_model, rollout_stream
 
 # %% ../nbs/48_forecasts.ipynb #48000007
@@ -158,7 +158,7 @@ def save_forecasts(
     with _written_beside(path, shape) as (out, whole):
         for at in range(0, len(pairs), batch_size):
             some = pairs[at : at + batch_size]
-            past, beside = _known(fields, inputs, [(i, starts[s]) for i, s in some], steps, history)
+            past, beside = known_before(fields, inputs, [(i, starts[s] + 1) for i, s in some], steps, history)
             done = 0
             for piece in rollout_stream(model, variables, past, steps, inputs=beside, chunk=chunk):
                 near.look(piece, done)
@@ -175,14 +175,6 @@ def save_forecasts(
 def _bytes(shape, path):
     "What a forecast takes on disk while it is written."
     return math.prod(shape) * 4 * (1 if Path(path).suffix == ".npy" else 2)
-
-
-def _known(fields, inputs, starts, steps, history):
-    "The past of some forecasts, (B, history, *space, C), and what is known beside past and future."
-    past = np.stack([fields[i, k - history + 1 : k + 1] for i, k in starts])
-    if inputs is None or not inputs.names(fields):
-        return past, None
-    return past, np.stack([inputs.read(fields, i, k - history + 1, k + steps) for i, k in starts])
 
 
 def _masked(model, variables, piece):

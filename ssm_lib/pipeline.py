@@ -104,7 +104,7 @@ class ModelConfig(_Part):
 class TrainingConfig(_Part):
     "How it is trained: on rollouts that grow, from windows at random."
 
-    updates: int | None = None  # steps of the training; about five minutes of two cores, or each frame 70 times
+    updates: int | None = None  # steps of the training; some minutes of two cores, or each frame 70 times
     batch_size: int = 4  # windows of an update
     learning_rate: float = 3e-3  # at its peak
     history: int | None = None  # frames that a forecast begins from: 1, or 16 for a network that remembers
@@ -205,7 +205,7 @@ def _part(name, part, values):
     return part(**values)
 
 # %% ../nbs/49_pipeline.ipynb #4900000c
-WORK = 4e7  # places × frames of a training of some five minutes, at width 16 and 3 blocks
+WORK = 4e7  # places × frames of a training of some minutes, at width 16 and 3 blocks
 SEEN = 70  # times that each frame is seen, where windows are not shifted: after that it is known by heart
 
 
@@ -304,31 +304,29 @@ def resolve(
     config: Config,
     fields: Fields | None = None,  # if they are open already
 ) -> Config:
-    "The config with all that the data decide. Reads all of them, twice. Raises ValueError for what can't be."
+    "The config with all that the data decide, for which all are read. Raises ValueError for what can't be."
     fields = open_data(config) if fields is None else fields
-    ends = boundaries(fields)
-    found = _find(config, fields, ends)
-    there, per_day = math.prod(cut(config, fields)[0].shape[:2]), steps_of_day(fields)
-    model = _resolve_model(config.model, found.grid, ends, there)
-    t, remembers = config.training, model.recipe in MEMORY
+    ends, grid, per_day, t = boundaries(fields), fields.shape[2:-1], steps_of_day(fields), config.training
+    own, kept_back, _ = cut(config, fields)
+    there = math.prod(own.shape[:2])
+    model = _resolve_model(config.model, grid, ends, there)
     rollout = t.rollout or (per_day if 2 <= per_day <= 24 else 8)
-    usual = min(16, cut(config, fields)[0].shape[1] // 4) if remembers else max(model.lags, default=1)
-    history = t.history or usual
+    history = t.history or (min(16, own.shape[1] // 4) if model.recipe in MEMORY else max(model.lags, default=1))
     ahead = t.one_step + (1 - t.one_step) * rollout * 0.65  # frames, in the mean of a curriculum
     size = 1 if model.recipe == "dense_s5" else (model.width / 16) * (model.n_layers / 3)
-    work = math.prod(found.grid) * t.batch_size * (ahead + history - 1) * size
+    work = math.prod(grid) * t.batch_size * (ahead + history - 1) * size
     shift = all(end == "periodic" for end in ends) if t.shift is None else t.shift
     often = there * (math.inf if shift else SEEN) / (t.batch_size * ahead)
     updates = t.updates or int(np.clip(min(WORK / work, often), 200, 3000)) // 10 * 10
-    kept_back = cut(config, fields)[1]
     need = history + rollout  # fewer than eight windows say too little
     fits = kept_back is not None and kept_back.shape[1] >= need and math.prod(kept_back.shape[:2]) >= 8 * need
     training = dataclasses.replace(
         t, history=history, rollout=rollout, updates=updates, shift=shift, validation=t.validation if fits else 0.0
     )
-    resolved = dataclasses.replace(config, model=model, training=training, found=found)
+    resolved = dataclasses.replace(config, model=model, training=training)
     _check_lengths(resolved, fields)
-    jax.eval_shape(build(resolved).init, jax.random.PRNGKey(0), _example(resolved))
+    resolved = dataclasses.replace(resolved, found=_find(resolved, fields, ends))
+    jax.eval_shape(lambda: first_variables(resolved))
     return resolved
 
 
@@ -366,22 +364,20 @@ def build(
     sizes = {name: getattr(config.model, name) for name in names if getattr(config.model, name) is not None}
     inner = RECIPES[config.model.recipe](found.grid, len(found.variables), **sizes)
     dtype = None if config.model.dtype == "float32" else jnp.bfloat16
-    told, lags = _count(inputs_of(config), found), config.model.lags
+    told, lags = _count(inputs_of(config)), config.model.lags
     inner = inner.clone(d_inputs=told + len(lags) * len(found.variables), dtype=dtype)
     inner = Lagged(inner, lags) if lags else inner
     return Forecaster(inner, found.mean, found.std, found.increment_std, gaps=found.gaps)
 
 
-def _count(inputs, found):
+def _count(inputs):
     "How many numbers are read beside the field."
     round_ = {name for name, _ in inputs.periods}
     places = sum(2 if name in round_ else 1 for name in inputs.coordinates)
     return 2 * len(inputs.calendar) + places + len((*inputs.static, *inputs.parameters, *inputs.forcings))
 
 
-def _example(config):
-    frame = (*config.found.grid, len(config.found.variables) + _count(inputs_of(config), config.found))
-    return jax.ShapeDtypeStruct((1, 2, *frame), jnp.float32)
+
 
 # %% ../nbs/49_pipeline.ipynb #49000011
 @takes(config=_CONFIG)
@@ -389,7 +385,8 @@ def first_variables(
     config: Config,  # resolved
 ):  # variables, as training begins with
     "The parameters that the seed of a config draws."
-    return jax.jit(build(config).init)(jax.random.PRNGKey(config.training.seed), jnp.zeros(_example(config).shape))
+    model = build(config)
+    return jax.jit(model.init)(jax.random.PRNGKey(config.training.seed), jnp.zeros((1, 2, *model.frame)))
 
 
 def _loss(config, model, x):
@@ -492,7 +489,7 @@ def open_run(
     config = Config.from_json(config)
     config = _at(config, Path(folder).absolute() / config.data.file)  # as it is, if absolute
     model = build(config)
-    want = jax.eval_shape(model.init, jax.random.PRNGKey(0), _example(config))
+    want = jax.eval_shape(lambda: first_variables(config))
     have, want = ({jax.tree_util.keystr(at, simple=True, separator="/"): x.shape for at, x in
                    jax.tree_util.tree_leaves_with_path(tree)} for tree in (variables, want))  # fmt: skip
     for name in {**have, **want}:

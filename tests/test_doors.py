@@ -257,7 +257,8 @@ NO_DOOR = {  # public names that take nothing which could be wrong without a wor
         "hippo.DPLRForm", "metrics.LinearForecast", "data.Normalizer",
         "discretization.common_dtype", "discretization.matched",
         "discretization.scaled", "evaluation.RangeWatch", "evaluation.Scores", "evaluation.phases", "evaluation.steps_of_day",
-        "fields.Axis", "fields.Fields", "fields.date", "fields.is_latitude", "fields.is_longitude", "fields.stretch_of", "inputs.share_of",
+        "fields.Axis", "fields.Fields", "fields.date", "fields.is_latitude", "fields.is_longitude", "fields.stretch_of",
+        "inputs.known_before", "inputs.share_of",
         "pipeline.Recipe", "pipeline.Trained", "runs.Moment", "runs.digest", "runs.locked",
     ),
     "the doors themselves": (
