@@ -18,7 +18,7 @@ from ssm_lib.discretization import bilinear, discretize_bilinear, discretize_zoh
 from ssm_lib.dss import DSS, complex_softmax, dss_kernel, dss_ssm
 from ssm_lib.evaluation import Scores, evaluate
 from ssm_lib.fields import Fields, area_weights, open_fields
-from ssm_lib.forecaster import Forecaster, Lagged
+from ssm_lib.forecaster import Forecaster, Seasonal
 from ssm_lib.forecasts import save_forecasts
 from ssm_lib.hippo import DPLRForm, Hippo, dplr, make_DPLR_HiPPO, make_HiPPO, make_NPLR_HiPPO
 from ssm_lib.inputs import Inputs, WithInputs, fit_inputs

@@ -89,6 +89,7 @@ class StackedSSM(Recurrent):
 
     grid = property(lambda self: tuple(self.d_model) if isinstance(self.d_model, (tuple, list)) else (self.d_model,))
     frame = property(lambda self: (*self.grid, self.d_vars + self.d_inputs))
+    has_memory = property(lambda self: self.ssm is not None or self.ssm_first_layer is not None)
     whole_only = property(lambda self: next((block.whole_only for block in self.blocks if block.whole_only), ""))
 
     @property
@@ -111,14 +112,13 @@ class StackedSSM(Recurrent):
         sized = lambda: (self.space or Dense()).at(self.grid, self.width, d_vars=self.d_vars, dtype=self.dtype)
         self.mixing = sized()
         factories = [self.ssm_first_layer or self.ssm, *[self.ssm] * (self.n_layers - 1)]
-        names = ("dropout", "norm", "training", "activation", "prenorm", "dtype")
-        options = {name: getattr(self, name) for name in names}
+        options = {n: getattr(self, n) for n in SequenceLayer.kinds if n not in ("ssm", "d_model", "space")}
         self.blocks = [SequenceLayer(ssm, self.mixing.width, space=sized(), **options) for ssm in factories]
 
     def stretch(self, x, carry, times):
         if self.segment and not self.is_initializing() and times.keep != "all":
             return _in_segments(self, x, carry, times)
-        if times.dt is not None and self.ssm is self.ssm_first_layer is None:
+        if times.dt is not None and not self.has_memory:
             raise ValueError("dt is given, but ssm is None; expected none, as a model without memory has no clock.")
         h, times, carries = self.mixing.lift(times.see(x)), self.mixing.times(times), []
         if carry is not None and (not isinstance(carry, tuple | list) or len(carry) != self.n_layers):

@@ -80,9 +80,15 @@ def _joined(x, inputs):
     return jnp.concatenate([x, jnp.broadcast_to(inputs.astype(x.dtype), (*x.shape[:-1], inputs.shape[-1]))], -1)
 
 
-@partial(jax.jit, static_argnames="made")
-def _read(made, variables, history, carry, dt, inputs):
-    return made.model.apply(variables, _joined(history, inputs), carry, method="prefill", dt=dt)
+@partial(jax.jit, static_argnames=("made", "wanted"))
+def _read(made, variables, history, carry, dt, inputs, wanted=1):
+    "The state after a history, and the predictions at its last frames; a network without memory runs on these alone."
+    x, model = _joined(history, inputs), made.model
+    if dt is None and not getattr(model, "has_memory", True) and known(x.shape[1]) and x.shape[1] > wanted:
+        early, x = jnp.split(x, [x.shape[1] - wanted], axis=1)
+        carry, _ = model.apply(variables, early, carry, method="prefill")  # not asked for: XLA leaves it out
+    carry, y = model.apply(variables, x, carry, method="prefill", dt=dt)
+    return carry, y[:, y.shape[1] - wanted :]
 
 
 def _go_on(made, variables, carry, frame, each, always, length, segment):
@@ -115,10 +121,9 @@ def _shares(dt, inputs, T0):
 @partial(jax.jit, static_argnames=("made", "n_steps", "teacher_forcing", "segment"))
 def _rollout(made, variables, history, n_steps, carry, dt, inputs, teacher_forcing, segment):
     head, each, always = _shares(dt, inputs, history.shape[1])
-    carry, y = _read(made, variables, history, carry, *head)
-    known = y[:, y.shape[1] - 1 - teacher_forcing :]
-    (carry, _), frames = _go_on(made, variables, carry, known[:, -1], each, always, n_steps - known.shape[1], segment)
-    return carry, jnp.concatenate([known, jnp.moveaxis(frames, 0, 1)], 1)
+    carry, first = _read(made, variables, history, carry, *head, wanted=1 + teacher_forcing)
+    (carry, _), frames = _go_on(made, variables, carry, first[:, -1], each, always, n_steps - first.shape[1], segment)
+    return carry, jnp.concatenate([first, jnp.moveaxis(frames, 0, 1)], 1)
 
 # %% ../nbs/40_rollout.ipynb #40a1b0d2
 def _check_inputs(inputs, history, steps, wanted):

@@ -24,6 +24,7 @@ import ssm_lib
 from ssm_lib import S5SSM, BatchStackedSSMModel, Forecaster, Run, SequenceLayer, fit, fit_inputs, open_fields, save_checkpoint, space
 from ssm_lib.checks import Array, Choice, Each, FilePath, Flag, FloatType, Function, Made, Maybe, Names, Number, Size, Text
 from ssm_lib.data import Normalizer
+from ssm_lib.evaluation import Departures
 
 MODULES = {m.name: importlib.import_module(f"ssm_lib.{m.name}") for m in pkgutil.iter_modules(ssm_lib.__path__) if m.name[0] != "_"}
 PUBLIC = {f"{m}.{name}": getattr(module, name) for m, module in MODULES.items() for name in module.__all__}
@@ -86,7 +87,10 @@ VALID = {
     "dss.dss_ssm": dict(W=z(P), Lambda=-poles, L=L, step=0.1),
     "dss.DSS": dict(d_model=H, d_hidden=4, l_max=8, kernel="exp", dt_min=0.1, dt_max=1.0, n_steps=3),
     "evaluation.baselines": dict(train=FIELDS, test=FIELDS, mean=r(1, 4, 1)),
-    "evaluation.climatology": dict(train=FIELDS),
+    "evaluation.fading": dict(departures=Departures(FIELDS, (), np.zeros((1, 4, 1))), lead=1),
+    "evaluation.share_of_yesterday": dict(departures=Departures(FIELDS, (), np.zeros((1, 4, 1))), day=1),
+    "evaluation.climatology": dict(train=FIELDS, season=()),
+    "evaluation.Departures": dict(fields=FIELDS, season=(), usual=r(1, 4, 1), day=1, share=r(1)),
     "evaluation.evaluate": dict(
         model=model, variables=variables, train=FIELDS, test=FIELDS, steps=2, inputs=None, history=1, every=1, batch_size=2
     ),
@@ -99,12 +103,16 @@ VALID = {
     "hippo.make_HiPPO": dict(N=N),
     "hippo.make_NPLR_HiPPO": dict(N=N),
     "hippo.Hippo": dict(state_size=N, measure="legs", conj_sym=True, dplr=False, block_diagonal=True, n_blocks=2),
-    "inputs.Inputs": dict(calendar=("day",), coordinates=["x"]),
+    "inputs.Inputs": dict(calendar=("day",), coordinates=["x"], season=[["day", 24]]),
     "inputs.WithInputs": dict(fields=FIELDS, inputs=fit_inputs(FIELDS)),
     "inputs.fit_inputs": dict(fields=FIELDS, coordinates=()),
+    "inputs.season_of": dict(fields=FIELDS, days=2, years=3),
     "lru.apply_lru_dynamics": dict(inputs=r(L, H), discrete_lambda=poles, B_norm=z(P, H), C=z(H, P), D=r(H)),
     "lru.apply_lru_dynamics_from_ic": dict(ic=r(1, H), n_steps=3, discrete_lambda=poles, B_norm=z(P, H), C=z(H, P)),
-    "forecaster.Lagged": dict(model=model.clone(d_vars=1, d_inputs=2), lags=(2, 3)),
+    "forecaster.Seasonal": dict(
+        model=model.clone(d_vars=1, d_inputs=1), phases=4, std=(1.0,), increment_std=(1.0,), keeps=(0.9,), day=2,
+        share=(0.5,),
+    ),
     "forecasts.as_dataset": dict(frames=r(2, 1, 3, 4, 1), fields=FIELDS, starts=(0,)),
     "forecasts.check_output": dict(path=FOLDER / "new.nc", size=10, overwrite=True),
     "forecasts.save_forecasts": dict(
@@ -145,7 +153,7 @@ VALID = {
     ),
     "pipeline.Found": dataclasses.asdict(CONFIG.found),
     "pipeline.ModelConfig": dict(
-        recipe="fno", width=4, n_layers=2, kernel=3, modes=2, d_hidden=4, boundary=("zero",), dtype="bfloat16", lags=(2,)
+        recipe="fno", width=4, n_layers=2, kernel=3, modes=2, d_hidden=4, boundary=("zero",), dtype="bfloat16", usual=True
     ),
     "pipeline.TrainingConfig": dict(
         updates=1, batch_size=1, learning_rate=0.1, history=1, rollout=1, one_step=0.5, noise=0.1, pushforward=True, average=0.5,
@@ -256,7 +264,7 @@ NO_DOOR = {  # public names that take nothing which could be wrong without a wor
         "system.DiagonalSystem", "system.System", "system.Times", "system.times_of", "training.train_step",
         "hippo.DPLRForm", "metrics.LinearForecast", "data.Normalizer",
         "discretization.common_dtype", "discretization.matched",
-        "discretization.scaled", "evaluation.RangeWatch", "evaluation.Scores", "evaluation.phases", "evaluation.steps_of_day",
+        "discretization.scaled", "evaluation.RangeWatch", "evaluation.Scores", "inputs.phases", "inputs.steps_of_day",
         "fields.Axis", "fields.Fields", "fields.date", "fields.is_latitude", "fields.is_longitude", "fields.stretch_of",
         "inputs.known_before", "inputs.share_of",
         "pipeline.Recipe", "pipeline.Trained", "runs.Moment", "runs.digest", "runs.locked",
@@ -266,7 +274,7 @@ NO_DOOR = {  # public names that take nothing which could be wrong without a wor
         "checks.Made", "checks.Maybe", "checks.Names", "checks.Number", "checks.Size", "checks.Text",
         "checks.check_choice", "checks.check_divides", "checks.check_fields", "checks.per_axis",
         "checks.check_length", "checks.check_steps", "checks.concrete", "checks.known", "checks.needs", "checks.shown", "checks.takes",
-        "rollout.check_model",
+        "inputs.check_season", "rollout.check_model",
     ),
     "initialisers, called by Flax": (
         "lru.gamma_log_init", "lru.matrix_init", "lru.nu_init", "lru.theta_init", "s5.init_CV", "s5.init_VinvB",
@@ -329,6 +337,7 @@ OTHERS = {  # what is wrong for arguments that are of no kind
     "model": [None, "LRU", layer, S5SSM], "out": [None, 3, np.zeros(3), np.zeros((2, 3, 5, 1))],
     "inputs": [3, "day", ("day",)], "axes": [None, 0, "1", 2.5, -1],
     "calendar": [None, 3, "day"], "coordinates": [None, 3, "x"],
+    "season": [3, "day", ("day",), (("day", 0),), (("week", 7),)],
     "config": [object(), {1j: 2}, {"a": np.ones(2)}, NAN],
     "source": [None, 3, object(), np.ones((3, 3, 3)), np.ones((3, 3), int)], "layout": ["TWX", "TWC", "WT!", 3],
     "length": [None, 0, "8", 2.5, 1000],

@@ -1,4 +1,4 @@
-"""A forecaster with inputs and gaps: one answer in every way of running it, and losses that see what is there to see."""
+"""A forecaster with inputs, gaps and seasons: one answer in every way of running it, and losses that see what is there to see."""
 
 from functools import partial
 
@@ -6,8 +6,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import xarray as xr
 
-from ssm_lib import LRU, BatchStackedSSMModel, Forecaster, next_frame_loss, rollout, rollout_loss, rollout_stream
+from ssm_lib import (
+    LRU,
+    BatchStackedSSMModel,
+    Forecaster,
+    Seasonal,
+    WithInputs,
+    fit_inputs,
+    next_frame_loss,
+    open_fields,
+    rollout,
+    rollout_loss,
+    rollout_stream,
+)
+from ssm_lib.evaluation import Departures, climatology
+from ssm_lib.inputs import season_of
+from ssm_lib.space import Conv
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -73,3 +89,20 @@ def test_losses_leave_gaps_out_and_their_slopes_are_finite(loss):
     predicted = apply(BOTH)[:, :-1] if first == 1 else rollout(MODEL, VARIABLES, HOLES[:, :3], T - 3, inputs=INPUTS[:, : T - 1])
     error = np.asarray(predicted) - np.asarray(HOLES)[:, first:]
     np.testing.assert_allclose(value, np.nanmean(error**2), rtol=1e-5)
+
+
+def test_what_a_season_leaves_to_learn_is_what_its_forecast_gets_wrong():
+    """A silent network: it errs by what is left of departures when the usual, a share of yesterday and what fades are taken off."""
+    days, per_day = 6, 4
+    time = np.datetime64("2024-01-01", "ns") + np.arange(days * per_day) * np.timedelta64(6, "h")
+    fields = open_fields(xr.Dataset({"u": (("time", "x"), RNG.normal(5, 2, (len(time), 3)))}, {"time": time}))
+    season = season_of(fields)
+    inputs, (usual, std) = fit_inputs(fields, season=season, coordinates=()), climatology(fields, season)
+    left = Departures(fields, season, usual, per_day, share=0.3)
+    net = BatchStackedSSMModel(None, 3, 1, 1, space=Conv(), width=2, norm="none", d_inputs=3)
+    model = Forecaster(Seasonal(net, per_day, std / 2, (1.0,), (0.8,), per_day, share=(0.3,)), (5.0,), (2.0,), (2.0,))
+    x = WithInputs(fields, inputs)[0, :][None]
+    variables = jax.tree.map(jnp.zeros_like, model.init(KEY, x))
+    variables |= {"fixed": {"model": {"usual": jnp.asarray((usual - 5) / 2, jnp.float32)}}}
+    y = model.apply(variables, x)[0, :-1]
+    np.testing.assert_allclose((x[0, 1:, :, :1] - y)[per_day:], left[0, 1:] - 0.8 * left[0, :-1], atol=1e-4)

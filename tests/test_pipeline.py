@@ -62,7 +62,7 @@ def holes(at):
     x = np.where(RNG.random((T, 6, 8)) < 0.2, np.nan, waves(6, 8))
     x[:, 0, :3] = np.nan
     dated(x, ("latitude", "longitude"), latitude=np.arange(50.0, 44, -1), longitude=np.arange(8.0)).to_netcdf(at / "x.nc")
-    return at / "x.nc", ["--recipe", "residual_conv", "--variables", "a", "b", "--lags", "4", "5"]  # a day and one more
+    return at / "x.nc", ["--recipe", "residual_conv", "--variables", "a", "b"]  # four frames a day, twelve days
 
 
 @pytest.mark.parametrize("kind", [series, line, trajectories, volume, holes])
@@ -93,7 +93,7 @@ def test_from_a_file_to_a_forecast(kind, tmp_path, monkeypatch, capsys):
     beside = inputs.read(fields, 0, 41 - h, 45)[None]
     made = rollout(model, variables, fields[0, 41 - h : 41][None], 5, inputs=beside if beside.shape[-1] else None)[0]
     if config.found.gaps:
-        assert config.model.lags == (4, 5) and h == 5
+        assert config.model.usual and h == 5
         made = np.where(variables["fixed"]["observed"], made, np.nan)
         assert np.isnan(made[:, 0, :3]).all() and np.isfinite(made[:, 1:]).all()
     with xr.open_dataset(tmp_path / "next.nc", decode_timedelta=True) as stored:
