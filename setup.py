@@ -9,7 +9,7 @@ here = Path(__file__).parent
 parser = ConfigParser(delimiters=["="])
 parser.read(here / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
-extras = {name: cfg[f"{name}_requirements"].split() for name in ("pde", "plots", "files", "cli", "tensorboard", "dev", "docs", "bench")}
+extras = {name.removesuffix("_requirements"): cfg[name].split() for name in cfg if name.endswith("_requirements")}
 extras["cli"] += extras["plots"] + extras["files"]  # all that the command line needs
 extras["demo"] = extras["cli"] + extras["pde"]
 for name in ("dev", "bench"):
@@ -40,7 +40,7 @@ setup(
     install_requires=cfg["requirements"].split(),
     extras_require=extras,
     entry_points={
-        "console_scripts": ["ssm_lib=ssm_lib.cli:main"],
+        "console_scripts": ["ssm_lib=ssm_lib.cli:command"],
         "nbdev": ["ssm_lib=ssm_lib._modidx:d"],  # where nbdev looks names up: links between pages, links to the source
     },
     classifiers=[

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['LAYOUTS', 'SAMPLES', 'CHANNELS', 'TIMES', 'READERS', 'Axis', 'stretch_of', 'Fields', 'date', 'open_fields',
-           'is_latitude', 'is_longitude', 'area_weights', 'boundaries']
+           'is_latitude', 'is_longitude', 'area_weights', 'boundaries', 'coastlines']
 
 # %% ../nbs/45_fields.ipynb #45000004
 import dataclasses
+import itertools
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -523,3 +524,26 @@ def boundaries(
         round_ = is_longitude(axis) and _round_the_globe(axis) if known else _fits_round(x, k)
         ends.append("periodic" if round_ else "replicate")
     return tuple(ends)
+
+# %% ../nbs/45_fields.ipynb #45000c02
+def coastlines(
+    space: tuple[Axis, ...],  # axes of space
+    scale: str = "50m",  # of the map, as Natural Earth has it: 10m, 50m or 110m
+) -> list[np.ndarray]:  # (2, n) longitudes and latitudes each; none without cartopy, or on another grid
+    "The coasts in the window of a lat–lon grid, to draw on it."
+    if len(space) < 2 or not (is_latitude(space[-2]) and is_longitude(space[-1])):
+        return []
+    try:
+        from cartopy.io import shapereader
+
+        shapes = list(shapereader.Reader(shapereader.natural_earth(scale, "physical", "coastline")).geometries())
+    except (ImportError, OSError):
+        return []
+    (south, north), (west, east) = ((np.min(axis.values), np.max(axis.values)) for axis in space[-2:])
+    found = []
+    for shape, turn in itertools.product(shapes, (-360, 0, 360)):
+        for line in getattr(shape, "geoms", [shape]):
+            x, y = np.asarray(line.coords)[:, :2].T
+            if ((x + turn >= west) & (x + turn <= east) & (y >= south) & (y <= north)).any():
+                found.append(np.stack([x + turn, y]))
+    return found

@@ -56,11 +56,13 @@ def _places(space, shape):
     return [(axis.name, np.asarray(axis.values)) for axis in space[-len(shape) :]]
 
 
-def _draw(ax, frame, places, look, aspect):
+def _draw(ax, frame, places, look, aspect, lines=()):
     "A frame on a grid, with its coordinates: north is up, whichever way they run."
     (yname, y), (xname, x) = places
     image = ax.pcolormesh(x, y, frame, shading="nearest", rasterized=True, **look)
     ax.set(aspect=aspect, facecolor="0.8")
+    for line in lines:
+        ax.plot(*line, color="0.2", lw=0.6, scalex=False, scaley=False)
     return image
 
 # %% ../nbs/44_plots.ipynb #99250af7
@@ -79,6 +81,7 @@ def plot_rollout(
     space: Sequence | None = None,  # axes of space with name and values, as `Fields` has them; None counts places
     name: str = "u",  # of the variable, with its unit
     aspect: float = 1.0,  # length of a unit of the upright axis over that of the other
+    lines: Sequence = (),  # (2, n) to draw on a grid, e.g. `coastlines`
 ):  # a matplotlib Figure
     "Truth, prediction and error: in space–time on a line, as four snapshots on a grid."
     truth, prediction, plane = _check_pair(truth, prediction, variable)
@@ -92,7 +95,8 @@ def plot_rollout(
     for what, (field, look), row in zip(("truth", "prediction", "error"), rows, axes):
         for ax, k in zip(row, np.linspace(0, T - 1, columns).astype(int)):
             across = [places[0], ("", times)] if line else places
-            image = _draw(ax, field.T if line else field[k], across, look, "auto" if line else aspect)
+            look_of = ("auto", ()) if line else (aspect, lines)
+            image = _draw(ax, field.T if line else field[k], across, look, *look_of)
             if not line and ax in axes[0]:
                 ax.set_title(f"{time_label} {times[k]:g}", fontsize=9)
         row[0].set_ylabel(f"{what}\n{places[0][0]}")
@@ -186,7 +190,7 @@ def save_figure(
     _pyplot().close(fig)
 
 # %% ../nbs/44_plots.ipynb #4c7c31d2
-def _line_frames(plt, pair, places, look, name, aspect):
+def _line_frames(plt, pair, places, look, name, aspect, lines):
     "A figure of two lines, and what draws a frame into it."
     fig, ax = plt.subplots(figsize=(5, 2.6), layout="constrained")
     span = look["vmax"] - look["vmin"]
@@ -203,10 +207,10 @@ def _line_frames(plt, pair, places, look, name, aspect):
     return fig, draw
 
 
-def _grid_frames(plt, pair, places, look, name, aspect):
+def _grid_frames(plt, pair, places, look, name, aspect, lines):
     "A figure of two pictures, and what draws a frame into it."
     fig, axes = plt.subplots(1, 2, figsize=(5.4, 2.8), layout="constrained", sharey=True)
-    images = [_draw(ax, field[0], places, look, aspect) for ax, field in zip(axes, pair)]
+    images = [_draw(ax, field[0], places, look, aspect, lines) for ax, field in zip(axes, pair)]
     fig.colorbar(images[0], ax=list(axes), label=name, shrink=0.8)
 
     def draw(k, title):
@@ -261,9 +265,10 @@ def animate_rollout(
     start: int = 0,  # number of the first frame
     dt: float = 1.0,  # time between frames
     time_label: str = "frame",  # unit of time
-    space: Sequence | None = None,  # as in `plot_rollout`, like the next two
+    space: Sequence | None = None,  # as in `plot_rollout`, like the next three
     name: str = "u",
     aspect: float = 1.0,
+    lines: Sequence = (),
 ) -> None:
     "Write an animation of truth and prediction. Needs matplotlib and pillow."
     film = FILMS.get(Path(path).suffix.lower())
@@ -272,7 +277,7 @@ def animate_rollout(
     truth, prediction, _ = _check_pair(truth, prediction, variable)
     plt, places = _pyplot(), _places(space, truth.shape[1:])
     kind = _line_frames if truth.ndim == 2 else _grid_frames
-    fig, draw = kind(plt, (truth, prediction), places, _scale(truth), name, aspect)
+    fig, draw = kind(plt, (truth, prediction), places, _scale(truth), name, aspect, lines)
     steps = [(k, f"{time_label} {(start + k) * dt:g}") for k in range(0, len(truth), every)]
     film(fig, draw, steps, path, fps)
     plt.close(fig)

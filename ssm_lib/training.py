@@ -258,13 +258,13 @@ class DivergedError(FloatingPointError):
 
 @contextlib.contextmanager
 def _stoppable(run):
-    "A list that is filled when the process is asked to stop, by Ctrl-C or SIGTERM; asked twice, it stops at once."
+    "A list that is filled when the process is asked to stop, by Ctrl-C or SIGTERM; asked again, it stops at once."
     asked = []
 
     def ask(number, frame):
-        if asked:
-            raise KeyboardInterrupt
         asked.append(number)
+        for again, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+            signal.signal(again, handler)
 
     if run is None or threading.current_thread() is not threading.main_thread():
         yield asked
@@ -287,9 +287,9 @@ class _Training:
 
     def look(self, step, variables, state, average, scored=True):
         "Raises DivergedError for what is not finite; else notes, validates and keeps the moment."
-        values, old = np.asarray(self.values, np.float32), self.moment
+        values, old = np.asarray(jax.device_get(self.values), np.float32), self.moment
         if not (np.isfinite(values).all() and _all_finite(variables)):
-            bad = np.asarray(self.bad)
+            bad = np.asarray(jax.device_get(self.bad))
             first = int(np.argmax(bad.any(1) | ~np.isfinite(values)))
             names = [keystr(at, simple=True, separator="/") for at, _ in tree_leaves_with_path(variables["params"])]
             raise DivergedError(old.step + first + 1, list(itertools.compress(names, bad[first])), old)

@@ -6,6 +6,7 @@ A process imports everything once and forks a life at a time; nothing of JAX has
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -13,6 +14,9 @@ import warnings
 
 import numpy as np
 import pytest
+
+from ssm_lib.runs import Run
+from ssm_lib.training import _stoppable
 
 LIVES = '''
 import json, os, random, resource, signal, sys, time, warnings
@@ -177,3 +181,13 @@ def test_a_flipped_byte_is_seen_wherever_it_is(tmp_path, seed):
         assert found.step in (1, 2)
         np.testing.assert_array_equal(found.variables["params"]["w"], params["params"]["w"], err_msg=str(file))
         np.testing.assert_array_equal(found.losses, np.arange(found.step))
+
+
+def test_asked_again_it_stops_at_once(tmp_path):
+    """The first Ctrl-C waits for the step to end; the second does not, nor does a second SIGTERM. Afterwards all is as before."""
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), _stoppable(Run(tmp_path / "run")) as asked:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert asked == [signal.SIGINT] and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        os.kill(os.getpid(), signal.SIGINT)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before

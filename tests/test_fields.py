@@ -1,14 +1,17 @@
 """Files, inputs and scores where they are awkward: what is in them is read, and what is missing is not made up."""
 
+import sys
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import optax
 import pytest
 import xarray as xr
 
-from ssm_lib import Run, fit, fit_inputs, open_fields
+from ssm_lib import Run, fit, fit_inputs, open_fields, plot_rollout
 from ssm_lib import evaluation as ev
+from ssm_lib.fields import Axis, coastlines
 from ssm_lib.inputs import season_of
 
 RNG = np.random.default_rng(0)
@@ -58,6 +61,25 @@ def test_parts_keep_what_belongs_to_them():
     np.testing.assert_allclose(nu * scale["nu"][1] + scale["nu"][0], 2.0, rtol=1e-5)
     np.testing.assert_allclose(f[:, 0] * scale["f"][1] + scale["f"][0], data.f.values[2, 3:5], rtol=1e-5)
     np.testing.assert_array_equal(part[1, 1:3][..., 0], data.u.values[2, 3:5])
+
+
+def test_coasts_are_those_in_the_window(monkeypatch):
+    """cartopy's reader, played here: one coast of two pieces, over Greenwich and at 350 degrees east as -10."""
+    pieces = [SimpleNamespace(coords=[(0.0, 50.0), (1.0, 51.0)]), SimpleNamespace(coords=[(-10.0, 52.0), (-9.0, 52.0), (-9.0, 80.0)])]
+    shape = SimpleNamespace(geoms=pieces)
+    reader = SimpleNamespace(natural_earth=lambda *which: which, Reader=lambda path: SimpleNamespace(geometries=lambda: [shape]))
+    monkeypatch.setitem(sys.modules, "cartopy", SimpleNamespace(io=SimpleNamespace(shapereader=reader)))
+    monkeypatch.setitem(sys.modules, "cartopy.io", SimpleNamespace(shapereader=reader))
+    window = lambda west, east: (Axis("latitude", np.array([55.0, 45.0])), Axis("longitude", np.array([west, east])))
+    assert [line.tolist() for line in coastlines(window(-2, 2))] == [[[0.0, 1.0], [50.0, 51.0]]]
+    assert [line[0].tolist() for line in coastlines(window(340, 355))] == [[350.0, 351.0, 351.0]]
+    assert coastlines(window(100, 120)) == coastlines(window(-2, 2)[:1]) == []
+    frames = RNG.normal(size=(2, 2, 2, 1))
+    figure = plot_rollout(frames, frames, space=window(-2, 2), lines=coastlines(window(-2, 2)))
+    assert all(len(ax.lines) == 1 for ax in figure.axes if ax.get_label() != "<colorbar>")
+    assert figure.axes[0].get_xlim() == (-4, 4)
+    monkeypatch.setitem(sys.modules, "cartopy.io", None)
+    assert coastlines(window(-2, 2)) == []
 
 
 def test_coordinates_mean_the_same_in_another_file():
