@@ -281,7 +281,9 @@ def _departures(train, season):
         share = share_of_yesterday(Departures(train, season, usual), day)
     left = Departures(train, season, usual, day, share)
     keeps, wrong = fading(left, max(1, day // 4))
-    return left, {"increment_std": wrong, "departure_std": tuple(std), "share": share, "keeps": keeps}
+    least = 1e-4 * usual.std(axis=tuple(range(usual.ndim - 1)))  # where days are alike, rounding is not to be learned
+    scale = lambda z: tuple(float(s) or 1.0 for s in np.maximum(z, least))
+    return left, {"increment_std": scale(wrong), "departure_std": scale(std), "share": share, "keeps": keeps}
 
 
 def _fixed(config, fields, train):

@@ -195,3 +195,19 @@ def test_a_disk_that_is_full_while_it_writes(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, preexec_fn=limit)
     assert done.returncode == 2 and done.stderr.startswith("ssm_lib: ") and done.stderr.count("\n") == 1, done.stderr
     assert not list(tmp_path.glob("*next*"))
+
+
+def test_days_that_are_all_alike_and_a_variable_at_rest(tmp_path):
+    """What is usual says all: scales stay above rounding, and an untrained network says the usual course, nearly."""
+    x = np.repeat(np.tile(np.sin(np.arange(4) * np.pi / 2), T // 4)[:, None], 6, 1).astype("f4")
+    data = dated(x, ("x",))
+    data["b"] = 0 * data.b + 3
+    data.to_netcdf(tmp_path / "x.nc")
+    config = pipeline.resolve(Config(DataConfig(str(tmp_path / "x.nc")), ModelConfig("residual_conv", width=4, n_layers=1)))
+    found = config.found
+    assert config.model.usual and np.isfinite([*found.share, *found.keeps]).all()
+    assert 0 < found.departure_std[0] < 1e-3 and found.departure_std[1] == found.increment_std[1] == 1
+    model, fields = pipeline.build(config), pipeline.open_data(config)
+    variables = pipeline.first_variables(config) | pipeline._fixed(config, fields, fields)
+    both = pipeline.WithInputs(fields, pipeline.inputs_of(config))[0, :12][None]
+    np.testing.assert_allclose(model.apply(variables, both)[0, :-1, :, 0], x[1:12], atol=0.01)
