@@ -90,7 +90,7 @@ class Recurrent(nn.Module):
 
     frame = ()  # shape of what comes after time and the lead axes: (d_model,), or (*space, d_vars)
     response_steps = property(lambda self: self.n_steps, doc="`n_steps`; a container asks what it contains.")
-    has_memory = True  # whether a frame counts for more than the prediction of the next one
+    has_memory = True  # whether a prediction needs the network on the frames before, too
     whole_only = ""  # why it needs the whole sequence, so that it has no prefill and no step; empty if it does not
 
     def __post_init__(self):

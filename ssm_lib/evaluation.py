@@ -7,7 +7,6 @@ __all__ = ['A_HALF_FOR', 'mean_square_error', 'climatology', 'Departures', 'fadi
            'RangeWatch', 'Scores', 'evaluate']
 
 # %% ../nbs/47_evaluation.ipynb #47000004
-import itertools
 import math
 import warnings
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .checks import Array, Made, Maybe, Number, Size, takes
+from .data import pieces
 from .fields import Fields, area_weights, boundaries, stretch_of
 from .inputs import Inputs, check_season, known_before, phases, season_of, steps_of_day
 from .metrics import band_errors
@@ -56,13 +56,11 @@ def climatology(
     which, n = phases(season, train.time.values), math.prod(size for _, size in season)
     sums = np.zeros((2, n, *train.shape[2:]))
     squares = np.zeros(train.shape[2:])
-    size = max(1, 2**21 // math.prod(train.shape[2:]))  # frames read at once
-    for i, a in itertools.product(range(len(train)), range(0, train.shape[1], size)):
-        x = train[i, a : a + size].astype(float)
+    for (_, a), x, own in pieces(train):
         there = np.isfinite(x)
         x = np.where(there, x, 0)
-        np.add.at(sums[0], which[a : a + size], x)
-        np.add.at(sums[1], which[a : a + size], there)
+        np.add.at(sums[0], which[a : a + own], x)
+        np.add.at(sums[1], which[a : a + own], there)
         squares += (x**2).sum(0)
     with np.errstate(invalid="ignore"):
         mean, own, whole = (a / b for a, b in (sums, sums.sum(1), sums.sum(tuple(range(1, sums.ndim - 1)))))
@@ -86,7 +84,7 @@ class Departures:
     dtype = np.dtype(np.float32)
 
     @takes(fields=_FIELDS, season=check_season, usual=Array("(phases, *space, C)"), day=Size(0), share=Array("(…)"))
-    def __init__(self, fields: Fields, season: tuple, usual: np.ndarray, day: int = 0, share=0.5):
+    def __init__(self, fields: Fields, season: tuple, usual: np.ndarray, day: int = 0, share=()):
         self.fields, self.season, self.usual, self.day, self.share = fields, season, usual, day, np.asarray(share)
         self.shape = (fields.shape[0], fields.shape[1] - day, *fields.shape[2:])
 
@@ -102,12 +100,9 @@ class Departures:
 
 def _correlation_in_time(x, lag):
     "Of what reads like trajectories, for each variable: x[k + lag] with x[k]; the mean square of each."
-    n, length, *frame = x.shape
-    sums = np.zeros((4, frame[-1]))
-    size = max(1, 2**21 // math.prod(frame))  # frames read at once
-    for i, a in itertools.product(range(n), range(0, length - lag, size)):
-        piece = x[i, a : min(a + size, length - lag) + lag].astype(float)
-        after, before = (z.reshape(-1, frame[-1]) for z in (piece[lag:], piece[:-lag]))
+    sums = np.zeros((4, x.shape[-1]))
+    for _, piece, _ in pieces(x, ahead=lag):
+        after, before = (z.reshape(-1, x.shape[-1]) for z in (piece[lag:], piece[: max(0, len(piece) - lag)]))
         both = np.isfinite(after * before)
         sums += [np.where(both, z, 0).sum(0) for z in (after * before, after**2, before**2, 1.0 + 0 * after)]
     product, after, before, count = sums

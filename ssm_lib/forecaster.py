@@ -62,7 +62,7 @@ class Forecaster(Recurrent):
             return _one_by_one(self, x, inputs, carry, times)
         return _increments(self, x, inputs, carry, times)
 
-# %% ../nbs/34_forecaster.ipynb #34000008
+# %% ../nbs/34_forecaster.ipynb #34000702
 def _check_scales(module, names):
     "Make tuples of scales; raise a ValueError unless each has one number a variable, and a model is there for them."
     if not isinstance(module.model, Recurrent):
@@ -83,7 +83,7 @@ def _check_every_frame(model):
     if model.response_steps is not None:
         raise ValueError("model has n_steps; expected one that reads every frame: an increment needs the one before.")
 
-
+# %% ../nbs/34_forecaster.ipynb #34000008
 def _increments(forecaster, x, inputs, carry, times):
     "Frames without gaps, all at once."
     scales = (jnp.asarray(z, x.dtype) for z in (forecaster.mean, forecaster.std, forecaster.increment_std))
@@ -196,7 +196,7 @@ class Seasonal(Recurrent):
         expected = usual[1] - usual[0] + then + keeps * (d - now) - d
         return (None if times.keep == "none" else (state, past)), expected + scale * y
 
-
+# %% ../nbs/34_forecaster.ipynb #34000b22
 def _at_phases(seasonal, phase):
     "What is usual now and next, (2, …, *space, C)."
     usual, shape = seasonal.usual.value, (seasonal.phases, *seasonal.frame[:-1], len(seasonal.std))

@@ -54,14 +54,20 @@ def _along(values, axis, n):
     return values.reshape(*(len(values) if i == axis else 1 for i in range(n)), values.shape[-1])
 
 # %% ../nbs/46_inputs.ipynb #46000e02
-def steps_of_day(fields):
-    "How many steps a day has, if the data go through days in whole steps; else 0."
+def _step_and_span(fields):
+    "From frame to frame, and from the first to the last, in days; infinite and 0 where there are no two dates."
     own = fields.time.values
     if len(own) < 2 or not (own.dtype.kind == "M" or hasattr(own[0], "hour")):
-        return 0
-    day = np.timedelta64(1, "D") if own.dtype.kind == "M" else timedelta(days=1)
-    step, span = own[1] - own[0], own[-1] - own[0]
-    return int(day // step) if 2 * step < day and day // step * step == day and span + step >= day else 0
+        return np.inf, 0.0
+    day = np.timedelta64(86400, "s") if own.dtype.kind == "M" else timedelta(days=1)
+    return (own[1] - own[0]) / day, (own[-1] - own[0]) / day
+
+
+def steps_of_day(fields):
+    "How many steps a day has, if the data go through days in whole steps; else 0."
+    step, span = _step_and_span(fields)
+    n = round(1 / step)
+    return n if n > 2 and abs(n * step - 1) < 1e-9 and span + step > 1 - 1e-9 else 0
 
 
 @takes(fields=_FIELDS, days=Number(above=0), years=Maybe(Number(above=0)))
@@ -71,12 +77,8 @@ def season_of(
     years: float | None = None,  # and years, for each month; None: two, or nine tenths of one where there are no days
 ) -> tuple[tuple[str, int], ...]:  # (("day", steps), ("month", 12)), or what there is of it
     "The cycles that the data have been round so often."
-    own, per_day, found = fields.time.values, steps_of_day(fields), []
-    if len(own) < 2 or not (own.dtype.kind == "M" or hasattr(own[0], "hour")):
-        return ()
-    day = np.timedelta64(86400, "s") if own.dtype.kind == "M" else timedelta(days=1)
-    span, step = (own[-1] - own[0]) / day, (own[1] - own[0]) / day
-    if per_day and span + step >= days:
+    (step, span), per_day, found = _step_and_span(fields), steps_of_day(fields), []
+    if per_day and span + step > days - 1e-9:
         found.append(("day", per_day))
     if span >= 365 * (years or (2 if per_day else 0.9)):
         found.append(("month", 12))
@@ -223,12 +225,8 @@ def _forcing(fields, name, i, start, stop):
 # %% ../nbs/46_inputs.ipynb #4600000b
 def _cycles_seen(fields):
     "The cycles that the data have been round, and that its steps can tell."
-    times = fields.time.values
-    if len(times) < 2 or not (times.dtype.kind == "M" or hasattr(times[0], "hour")):
-        return ()
-    step, span = ((b - a) / np.timedelta64(1, "h") if times.dtype.kind == "M" else (b - a).total_seconds() / 3600
-                  for a, b in ((times[0], times[1]), (times[0], times[-1])))  # fmt: skip
-    return tuple(name for name, hours in (("day", 24), ("year", 8760)) if step < hours / 2 and span + step >= hours)
+    step, span = _step_and_span(fields)
+    return tuple(name for name, days in (("day", 1), ("year", 365)) if step < days / 2 and span + step > days - 1e-9)
 
 
 @takes(fields=_FIELDS, season=check_season)

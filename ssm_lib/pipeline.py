@@ -10,7 +10,6 @@ __all__ = ['KINDS', 'RECIPES', 'Recipe', 'MEMORY', 'WORK', 'SEEN', 'OFTEN', 'Dat
 # %% ../nbs/49_pipeline.ipynb #49000004
 import dataclasses
 import inspect
-import itertools
 import json
 import math
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ import numpy as np
 from . import recipes
 from .checks import Choice, Each, FilePath, Flag, Made, Maybe, Names, Number, Size, Text
 from .checks import check_fields, shown, takes
-from .data import curriculum, fit_normalizer, growth, window_batch, window_batches
+from .data import curriculum, fit_normalizer, growth, pieces, window_batch, window_batches
 from .evaluation import Departures, Scores, climatology, evaluate, fading, share_of_yesterday
 from .fields import Fields, boundaries, open_fields
 from .forecaster import Forecaster, Seasonal
@@ -266,46 +265,46 @@ def cut(
 def _observed(fields):
     "(*space, C) whether a place was ever observed, and whether anything is missing anywhere."
     seen, gaps = np.zeros(fields.shape[2:], bool), False
-    size = max(1, 2**22 // math.prod(fields.shape[2:]))
-    for i, a in itertools.product(range(len(fields)), range(0, fields.shape[1], size)):
-        there = np.isfinite(fields[i, a : min(a + size, fields.shape[1])])
+    for _, piece, _ in pieces(fields):
+        there = np.isfinite(piece)
         seen |= there.any(0)
         gaps = gaps or not there.all()
     return seen, gaps
 
 
-def _departures(train, season):
-    "What is to be learned where something is usual: departures from it, and from a share of yesterday's; their scales."
-    (usual, std), day, share = climatology(train, season), dict(season).get("day", 0), ()
-    if day:
-        share = share_of_yesterday(Departures(train, season, usual), day)
-    left = Departures(train, season, usual, day, share)
-    keeps, wrong = fading(left, max(1, day // 4))
+def _left(train, season, usual, share):
+    "What is to be learned where something is usual: departures from it, and from a share of yesterday's."
+    return Departures(train, season, usual, dict(season).get("day", 0), share)
+
+
+def _measure(train, season):
+    "The scales of what is left where something is usual."
+    (usual, std), day = climatology(train, season), dict(season).get("day", 0)
+    share = share_of_yesterday(Departures(train, season, usual), day) if day else ()
+    keeps, wrong = fading(_left(train, season, usual, share), max(1, day // 4))
     least = 1e-4 * usual.std(axis=tuple(range(usual.ndim - 1)))  # where days are alike, rounding is not to be learned
     scale = lambda z: tuple(float(s) or 1.0 for s in np.maximum(z, least))
-    return left, {"increment_std": scale(wrong), "departure_std": scale(std), "share": share, "keeps": keeps}
+    return {"increment_std": scale(wrong), "departure_std": scale(std), "share": share, "keeps": keeps}
 
 
-def _fixed(config, fields, train):
+def _fixed(config, fields, usual):
     "What a forecaster knows and does not learn: where anything was ever observed; in deviations, what is usual there."
     found, fixed, seen = config.found, {}, True
     if found.gaps:
         seen = _observed(fields)[0]
         fixed["observed"] = jnp.asarray(seen)
-    if found.inputs["season"]:
-        usual = (climatology(train, inputs_of(config).season)[0] - found.mean) / found.std
-        fixed["model"] = {"usual": jnp.asarray(np.where(seen, usual, 0), jnp.float32)}
+    if usual is not None:
+        fixed["model"] = {"usual": jnp.asarray(np.where(seen, (usual - found.mean) / found.std, 0), jnp.float32)}
     return {"fixed": fixed} if fixed else {}
 
 
-def _find(config, fields, ends):
+def _find(config, fields, ends, gaps):
     "What the data say."
     train = cut(config, fields)[0]
-    _, gaps = _observed(fields)
     scales, season = fit_normalizer(train, gaps=gaps)._asdict(), ()
     if config.model.usual:
         season = season_of(train, OFTEN, OFTEN)
-        scales |= _departures(train, season)[1]
+        scales |= _measure(train, season)
     left_out = {} if config.data.known is None else {kind: () for kind in KINDS if kind not in config.data.known}
     inputs = json.loads(json.dumps(dataclasses.asdict(fit_inputs(train, ends=ends, season=season, **left_out))))
     axes, grid = tuple(axis.name for axis in fields.space), fields.shape[2:-1]
@@ -353,7 +352,8 @@ def resolve(
     size = 1 if model.recipe == "dense_s5" else (model.width / 16) * (model.n_layers / 3)
     batch_size = t.batch_size or (8 if model.usual else 4)
     work = math.prod(grid) * batch_size * (ahead + (history - 1) * remembers) * size
-    shift = all(end == "periodic" for end in ends) if t.shift is None else t.shift
+    (seen, gaps), alike = _observed(fields), not model.usual
+    shift = _shift(t.shift, ends, alike and bool(seen.all()))
     often = there * (math.inf if shift else SEEN) / (batch_size * ahead)
     updates = t.updates or int(np.clip(min(WORK / work, often), 200, 3000)) // 10 * 10
     need = history + rollout  # fewer than eight windows say too little
@@ -362,9 +362,16 @@ def resolve(
     training = dataclasses.replace(t, **sizes, shift=shift, validation=t.validation if fits else 0.0)
     resolved = dataclasses.replace(config, model=model, training=training)
     _check_lengths(resolved, fields)
-    resolved = dataclasses.replace(resolved, found=_find(resolved, fields, ends))
+    resolved = dataclasses.replace(resolved, found=_find(resolved, fields, ends, gaps))
     jax.eval_shape(lambda: first_variables(resolved))
     return resolved
+
+
+def _shift(said, ends, alike):
+    "Whether windows are shifted round the domain in training, which takes one that goes round and places all alike."
+    if said and not alike:
+        raise ValueError("shift is True; expected False: places differ in what is usual, or ever observed. Drop it.")
+    return alike and all(end == "periodic" for end in ends) if said is None else said
 
 
 def _check_lengths(config, fields):
@@ -418,9 +425,6 @@ def _count(inputs):
     places = sum(2 if name in round_ else 1 for name in inputs.coordinates)
     return 2 * len(inputs.calendar) + places + len((*inputs.static, *inputs.parameters, *inputs.forcings))
 
-
-
-
 # %% ../nbs/49_pipeline.ipynb #49000011
 @takes(config=_CONFIG)
 def first_variables(
@@ -434,7 +438,6 @@ def first_variables(
 def _loss(config, model, x):
     "One step ahead on windows that predict one frame, else rollouts; in units of what no change gets wrong at a lead."
     t, found = config.training, config.found
-    x = _departures(x, inputs_of(config).season)[0] if config.model.usual else x
     units = growth(x, t.rollout).reshape(t.rollout, *[1] * len(found.grid), -1)
     noise = t.noise * np.asarray(found.std, np.float32) if t.noise else None
 
@@ -495,13 +498,15 @@ def train_run(
     own, valid, _ = cut(config, fields)
     inputs = inputs_of(config)
     x = WithInputs(own, inputs)
-    variables = first_variables(config) | _fixed(config, fields, own)
+    usual = climatology(own, inputs.season)[0] if inputs.season else None
+    to_learn = own if usual is None else _left(own, inputs.season, usual, config.found.share)
+    variables = first_variables(config) | _fixed(config, fields, usual)
     length = curriculum(t.updates, t.rollout, history=t.history, share=t.one_step)
     batches = lambda start: window_batches(x, t.batch_size, length, start=start, shift=t.shift, seed=t.seed)
     optimizer = make_optimizer(model, t.learning_rate, t.updates, accumulate=t.accumulate)
     validate = _validator(config, model, WithInputs(valid, inputs)) if valid is not None else None
     variables, losses = fit(
-        _loss(config, model, own), variables, batches, optimizer, t.updates, seed=t.seed, progress=progress,
+        _loss(config, model, to_learn), variables, batches, optimizer, t.updates, seed=t.seed, progress=progress,
         report=report, check_every=max(10, t.updates // 25), run=Run(folder, stored.as_json()), validate=validate,
         patience=t.patience if validate else None, average=t.average or None,
     )  # fmt: skip

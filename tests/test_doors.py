@@ -265,7 +265,7 @@ NO_DOOR = {  # public names that take nothing which could be wrong without a wor
         "hippo.DPLRForm", "metrics.LinearForecast", "data.Normalizer",
         "discretization.common_dtype", "discretization.matched",
         "discretization.scaled", "evaluation.RangeWatch", "evaluation.Scores", "inputs.phases", "inputs.steps_of_day",
-        "fields.Axis", "fields.Fields", "fields.coastlines", "fields.date", "forecasts.where_observed",
+        "data.pieces", "fields.Axis", "fields.Fields", "fields.coastlines", "fields.date", "forecasts.where_observed",
         "fields.is_latitude", "fields.is_longitude", "fields.stretch_of",
         "inputs.known_before", "inputs.share_of",
         "pipeline.Recipe", "pipeline.Trained", "runs.Moment", "runs.digest", "runs.locked",

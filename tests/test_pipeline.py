@@ -1,5 +1,7 @@
 """From every kind of file to a forecast: what the pages show of one file, held to on others."""
 
+import contextlib
+import dataclasses
 import json
 import resource
 import shutil
@@ -13,6 +15,7 @@ import xarray as xr
 from sweep import quickly
 
 from ssm_lib import Config, DataConfig, ModelConfig, TrainingConfig, cli, open_run, pipeline, rollout, train_run
+from ssm_lib.evaluation import climatology
 
 RNG = np.random.default_rng(0)
 
@@ -208,6 +211,21 @@ def test_days_that_are_all_alike_and_a_variable_at_rest(tmp_path):
     assert config.model.usual and np.isfinite([*found.share, *found.keeps]).all()
     assert 0 < found.departure_std[0] < 1e-3 and found.departure_std[1] == found.increment_std[1] == 1
     model, fields = pipeline.build(config), pipeline.open_data(config)
-    variables = pipeline.first_variables(config) | pipeline._fixed(config, fields, fields)
+    usual = climatology(fields, pipeline.inputs_of(config).season)[0]
+    variables = pipeline.first_variables(config) | pipeline._fixed(config, fields, usual)
     both = pipeline.WithInputs(fields, pipeline.inputs_of(config))[0, :12][None]
     np.testing.assert_allclose(model.apply(variables, both)[0, :-1, :, 0], x[1:12], atol=0.01)
+
+
+def test_places_that_differ_are_not_shifted(tmp_path):
+    """Windows go round a ring where all places are alike; not where each has a usual course, or some were never observed."""
+    ring = dated(waves(8), ("x",)).assign_coords(x=np.arange(8.0))
+    plain = ring.assign_coords(time=np.arange(T) * 0.1)
+    blind = plain.where(plain.x > 1)
+    for name, data, shifts in (("plain", plain, True), ("blind", blind, False), ("dated", ring, False)):
+        data.to_netcdf(tmp_path / f"{name}.nc")
+        config = Config(DataConfig(str(tmp_path / f"{name}.nc")), ModelConfig("residual_conv", boundary=("periodic",)))
+        assert pipeline.resolve(config).training.shift is shifts
+        wished = dataclasses.replace(config, training=TrainingConfig(shift=True))
+        with contextlib.nullcontext() if shifts else pytest.raises(ValueError, match="^shift is True; expected False"):
+            pipeline.resolve(wished)
