@@ -28,10 +28,14 @@ install: $(VENV)/.installed-dev  ## make .venv with everything that development 
 demo: $(VENV)/.installed-demo  ## train on a real PDE, roll it out, and write the results under runs/
 	$(BIN)/python -m ssm_lib.cli demo
 
+# How the tests have XLA compile, from tests/conftest.py; `make test QUICK=` runs all of them as users' programs run.
+QUICK := $(shell sed -n 's/^QUICK = "\(.*\)"/\1/p' tests/conftest.py)
+AS_USERS_DO := $(addprefix tests/test_,accuracy.py cost.py golden.py)
 test: install  ## run the guards, the notebooks and the tests
 	$(BIN)/pytest tests/test_guards.py
-	$(BIN)/nbdev_test
-	$(BIN)/pytest -n auto --ignore=tests/test_guards.py
+	XLA_FLAGS="$(QUICK)" $(BIN)/nbdev_test
+	XLA_FLAGS="$(QUICK)" $(BIN)/pytest -n auto $(addprefix --ignore=,tests/test_guards.py $(AS_USERS_DO))
+	XLA_FLAGS= $(BIN)/pytest -n auto $(AS_USERS_DO)
 
 test-install:  ## install into a bare environment and import, without any development tool
 	rm -rf .venv-bare build
@@ -47,7 +51,7 @@ test-oldest:  ## run the notebooks and the tests on the lower bounds of settings
 	sed -n 's/^requirements *= *//p' settings.ini | tr ' ' '\n' | sed 's/>=/==/' > .venv-oldest/oldest.txt
 	.venv-oldest/bin/python -m pip install --quiet --constraint .venv-oldest/oldest.txt --editable '.[dev]'
 	.venv-oldest/bin/nbdev_test
-	.venv-oldest/bin/pytest -n auto --ignore=tests/test_guards.py
+	XLA_FLAGS= .venv-oldest/bin/pytest -n auto --ignore=tests/test_guards.py
 
 bench: install $(VENV)/.installed-bench  ## measure speed and memory; tables in benchmarks/results/
 	$(BIN)/python benchmarks/speed.py

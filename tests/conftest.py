@@ -1,14 +1,10 @@
-"""Fixtures for every test."""
+"""What every test runs under."""
 
-import pytest
-from sweep import quickly
+import os
 
-
-@pytest.fixture
-def quick_compilation():
-    """Compile without optimisation: for tests of laws on small arrays, which are all compilation.
-
-    The pages, and most tests of accuracy and of published values (by the usual scan), compile as users do.
-    """
-    with quickly():
-        yield
+# Nearly all of a test is compilation; XLA does it in a third of the time without optimisation and with its older
+# emitters of loops. XLA_FLAGS of one's own, empty ones too, are left as they are: `XLA_FLAGS= pytest tests/test_space.py`
+# compiles as users do. `make test` runs the pages under these flags, too, and what is compared with published values
+# or measured of a program without them.
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+os.environ.setdefault("XLA_FLAGS", QUICK)

@@ -4,7 +4,6 @@ A new layer is tested by adding one line to LAYERS: its factory and the toleranc
 1e-5 of the largest value for a scan, 3e-4 for a convolution. In float64 it is 1e-10 for all.
 """
 
-from contextlib import contextmanager
 from functools import partial
 
 import jax
@@ -31,16 +30,6 @@ LAYERS = {
 WHOLE_ONLY = {"s5_both": (partial(S5SSM, d_hidden=16, blocks=2, bidirectional=True), 1e-5)}  # cannot be carried
 EQUAL_STEPS_ONLY = ("dss",)  # no dt per step: its kernel is normalised over l_max equal ones
 KEY = jax.random.PRNGKey(0)
-
-
-@contextmanager
-def quickly():
-    "Compile without optimisation."
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
 
 
 def noise(*shape, seed=0):

@@ -28,7 +28,6 @@ def test_a_million_steps(backend):
     assert np.all(np.abs(got - exact).max(0) < 2e-3 * np.abs(exact).max(0))
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_long_layer():
     "Both directions, in segments and by the scan of long sequences: values and gradients against a plain double precision loop."
     L, make = 2**14 + 5, partial(S5SSM, 4, 64, blocks=4, bidirectional=True)

@@ -12,8 +12,6 @@ from ssm_lib import DSS, LRU, S5SSM, BatchStackedSSM2DModel, BatchStackedSSMMode
 from ssm_lib.blocks import ACTIVATIONS, NORMS
 from ssm_lib.scan import SCAN_BACKENDS
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SMALL = LAYERS["lru"][0]
 MODELS = {"1d": (BatchStackedSSMModel, 6, 1), "2d": (BatchStackedSSM2DModel, (3, 4), 2)}  # class, d_model, n_layers
 each_layer = pytest.mark.parametrize("name", LAYERS)

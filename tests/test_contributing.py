@@ -8,8 +8,6 @@ import pytest
 import test_contract
 from sweep import LAYERS
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TEXT = re.search(r"```python\n(.*?)```", (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.DOTALL)[1]
 
 

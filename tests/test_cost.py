@@ -17,8 +17,6 @@ from ssm_lib.run import segment_steps
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from speed import SHAPES, PublishedS5, geometric_mean
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")  # the plan of memory is made before the code
-
 
 def planned(layer, B, L):
     "Temporary memory of the benchmark's gradient, Σ y·w by parameters and input with the value: compiled from shapes alone."

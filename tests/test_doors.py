@@ -18,7 +18,7 @@ import matplotlib.figure
 import numpy as np
 import optax
 import pytest
-from sweep import KEY, LAYERS, noise, quickly
+from sweep import KEY, LAYERS, noise
 
 import ssm_lib
 from ssm_lib import S5SSM, BatchStackedSSMModel, Forecaster, Run, SequenceLayer, fit, fit_inputs, open_fields, save_checkpoint, space
@@ -36,8 +36,7 @@ r = lambda *shape: np.linspace(0.1, 1, int(np.prod(shape)), dtype=np.float32).re
 layer = partial(S5SSM, d_hidden=8, blocks=1)
 model = BatchStackedSSMModel(layer, d_model=4, d_vars=1, n_layers=2, training=False)
 frames = r(2, 5, 4, 1)
-with quickly():
-    variables = jax.jit(model.init)(KEY, frames)
+variables = jax.jit(model.init)(KEY, frames)
 FOLDER = Path(tempfile.mkdtemp())
 np.save(FOLDER / "x.npy", frames)
 save_checkpoint(FOLDER / "x.msgpack", variables)

@@ -20,7 +20,6 @@ from sweep import EQUAL_STEPS_ONLY, KEY, LAYERS, by_step, close, noise
 from ssm_lib import LRU, S5SSM, BatchStackedSSMModel, Forecaster, Recurrent, SequenceLayer, rollout
 
 each_layer = pytest.mark.parametrize("name", LAYERS)
-quick = pytest.mark.usefixtures("quick_compilation")
 s5 = partial(S5SSM, d_hidden=16, blocks=2)
 
 
@@ -86,7 +85,6 @@ class Own(nnx.Module):
         return carry, self.read(h)
 
 
-@quick
 def test_inside_a_network_of_nnx():
     "Its gradient is that of the same network by hand; updates along it lower the loss; step = whole, as it was trained."
     net, u = nnx.jit(lambda: Own(nnx.Rngs(0)))(), noise(3, 20, 1)
@@ -111,7 +109,6 @@ def test_inside_a_network_of_nnx():
     close(jnp.moveaxis(steps, 0, 1), nnx.jit(lambda net: net(u))(net))
 
 
-@quick
 def test_a_bridged_block_in_training():
     "Batch statistics are renewed in place, to Linen's; dropout takes the keys of the call."
     block, x = SequenceLayer(s5, 4, norm="batch", dropout=0.4), noise(3, 20, 4)
@@ -180,7 +177,6 @@ def in_steps(m, v, u, said, start):
 SAID = {"mask": jnp.arange(20) % 5 > 0, "reset": jnp.arange(20) == 9, "dt": jnp.linspace(0.5, 1.5, 20)}
 
 
-@quick
 def test_scanned_blocks_are_the_blocks():
     "Whole and in steps, with what is said of the steps; each block begins with parameters of its own."
     u = noise(20, 4)
@@ -193,7 +189,6 @@ def test_scanned_blocks_are_the_blocks():
         close(way, y, 3e-5)
 
 
-@quick
 def test_the_gradient_of_scanned_blocks():
     deep, row = (Blocks(partial(LRU, d_hidden=6), 2, scanned) for scanned in (True, False))
     u = noise(20, 4)
@@ -203,7 +198,6 @@ def test_the_gradient_of_scanned_blocks():
     same((cut(of_deep, 2), at_u), slopes(row, cut(v, 2)), 1e-3)
 
 
-@quick
 def test_scanned_blocks_keep_statistics_of_their_own():
     x, options = noise(3, 20, 4), (("norm", "batch"),)
     deep, row = (Blocks(partial(LRU, d_hidden=6), 2, scanned, options=options) for scanned in (True, False))
@@ -235,7 +229,6 @@ def test_scanned_blocks_cost_one_block_to_compile(name):
     assert size(2, True) == size(3, True) < size(3, False) / 2
 
 
-@quick
 def test_steps_scanned_over_time():
     "`nn.scan` over time takes `step` as it is, as it takes the cells of Linen."
     over = nn.scan(S5SSM, variable_broadcast="params", split_rngs={"params": False}, in_axes=1, out_axes=1, methods=["step"])
@@ -262,7 +255,6 @@ def kept(f, *args):
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-@quick
 def test_a_block_that_is_worked_out_again():
     "`nn.remat`: the same values and gradients, and of what a gradient needs a third at most is kept, in all ways."
     block, u = SequenceLayer(partial(LRU, d_hidden=16), 4), noise(20, 4)
@@ -293,7 +285,6 @@ def test_options_stay_python_values_in_a_wrapped_stretch(name):
     assert carry.shape[:2] == (24, 3)
 
 
-@quick
 def test_scanned_and_worked_out_again():
     "Both together: the gradient of the blocks, and a plan of memory that is a half at most of that without `nn.remat`."
     u = noise(4096, 4)
@@ -325,7 +316,6 @@ def exported(module, v, carry, frame):
     return export.export(step)(*jax.tree.map(left_open, (carry, frame)))
 
 
-@quick
 @pytest.mark.parametrize("name", ("s5_no_conj", "lru", "dss", "s4"))
 def test_an_exported_step_of_a_layer(name):
     ssm, tolerance = LAYERS[name]
@@ -339,7 +329,6 @@ def test_an_exported_step_of_a_layer(name):
     close(jnp.stack(ys, 1), jax.jit(layer.apply)(v, u), tolerance)
 
 
-@quick
 @pytest.mark.parametrize("name", MODELS)
 def test_an_exported_step_of_a_model(name):
     "Fed with its own answers by a loop that knows no model, it is the rollout."
@@ -374,7 +363,6 @@ print(*sorted({"ssm_lib", "flax", "jax"} & set(sys.modules)))
 """
 
 
-@quick
 def test_a_server_without_this_library(tmp_path):
     pytest.importorskip("flatbuffers", reason="jax.export writes bytes with it")
     layer, u = LRU(d_model=4, d_hidden=16), noise(3, 9, 4)
@@ -422,7 +410,6 @@ def test_carries_of_every_layer_on_disk(tmp_path):
         np.testing.assert_array_equal(got, want)
 
 
-@quick
 def test_going_on_from_a_carry_on_disk(tmp_path):
     model, x = MODELS["increment"], noise(3, 12, 6, 2)
     v = jax.jit(model.init)(KEY, x)

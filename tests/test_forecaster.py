@@ -25,8 +25,6 @@ from ssm_lib.evaluation import Departures, climatology
 from ssm_lib.inputs import season_of
 from ssm_lib.space import Conv
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 KEY, RNG = jax.random.PRNGKey(0), np.random.default_rng(0)
 B, T, W, C, K = 2, 9, 5, 2, 3
 INNER = BatchStackedSSMModel(partial(LRU, d_hidden=6), d_model=W, d_vars=C, n_layers=1, d_inputs=K)

@@ -20,8 +20,6 @@ from sweep import KEY, LAYERS, by_step, close, in_pieces, noise
 
 from ssm_lib import LRU, Recurrent, SequenceLayer, SSMLayer, System, linear_scan, rollout
 
-quick = pytest.mark.usefixtures("quick_compilation")
-
 # --- A spatial mixer: a state at every point of a ring, neighbours mixed within each frame ----------------------------
 
 
@@ -51,7 +49,6 @@ def ring(**options):
     return model, jax.jit(model.init)(KEY, x), x
 
 
-@quick
 def test_a_spatial_mixer():
     "Whole = pieces = steps, a carry that is a field, a rollout that is the naive loop, and no place that is special."
     model, v, x = ring()
@@ -71,7 +68,6 @@ def test_a_spatial_mixer():
     close(rollout(model, v, x, 2), naive, 2e-5)
 
 
-@quick
 def test_a_cloud_over_one_place():
     "A masked place is a place without a sample, whatever it holds; a place restarts, and runs on a clock of its own."
     model, v, x = ring()
@@ -149,13 +145,11 @@ def selective(monkeypatch):
     return "selective"
 
 
-@quick
 @pytest.mark.parametrize("law", ("layer_pieces_and_steps", "layer_times", "layer_dtypes", "initial_condition_layer"))
 def test_a_selective_layer_keeps_the_contract(selective, law):
     getattr(test_contract, f"test_{law}")(selective)
 
 
-@quick
 @pytest.mark.parametrize("grid", ("1d", "2d"))
 def test_a_selective_layer_in_models(selective, grid):
     test_contract.test_model(grid, selective)
@@ -214,13 +208,8 @@ print("sharded")
 
 
 def test_eight_devices():
-    """The batch sharded: call, gradient and rollout stay so, move no activation between devices, and equal one device.
-
-    Compiled quickly: the partitioner decides what is moved, and it runs the same; only the code of each part is plainer.
-    """
-    env = {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }
-    run = subprocess.run([sys.executable, "-c", MESH], cwd=Path(__file__).parents[1], env=os.environ | env, capture_output=True, text=True)
+    "The batch sharded: call, gradient and rollout stay so, move no activation between devices, and equal one device."
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    run = subprocess.run([sys.executable, "-c", MESH], cwd=Path(__file__).parents[1], env=env, capture_output=True, text=True)
     assert run.returncode == 0 and run.stdout.strip() == "sharded", run.stderr[-3000:]

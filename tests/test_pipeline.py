@@ -12,18 +12,12 @@ import jax
 import numpy as np
 import pytest
 import xarray as xr
-from sweep import quickly
 
 from ssm_lib import Config, DataConfig, ModelConfig, TrainingConfig, cli, open_run, pipeline, rollout, train_run
 from ssm_lib.evaluation import climatology
 
 RNG = np.random.default_rng(0)
 
-
-@pytest.fixture(autouse=True, scope="module")
-def unoptimised():
-    with quickly():
-        yield
 
 T = 60
 

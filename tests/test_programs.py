@@ -72,7 +72,6 @@ def test_parameters_begin_in_single_precision(name):
     assert {p.dtype for p in jax.tree.leaves(v)} == {jnp.dtype("float32")}
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("name", ("s5_zoh", "s5_both", "lru", "dss", "s4d_zoh", "s4"))
 def test_export_with_a_length_left_open(name):
     ssm, tolerance = (LAYERS | WHOLE_ONLY)[name]
@@ -88,7 +87,6 @@ def test_export_with_a_length_left_open(name):
 VOLUME = residual_conv((3, 4, 2), d_vars=1, width=4, n_layers=1), (2, 3, 3, 4, 2, 1)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("model, shape", (MODELS["line"], VOLUME), ids=("line", "volume"))
 def test_export_of_a_rollout(model, shape):
     x, frame = noise(*shape), shape[2:]
@@ -110,7 +108,6 @@ def products(jaxpr):
                 yield from products(inner(value))
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("name", ("S5SSM", "LRU", "model"))
 def test_products_in_half_precision(name):
     layers = {"S5SSM": ssm, "LRU": partial(LRU, d_hidden=16)}
@@ -134,7 +131,6 @@ def test_products_in_half_precision(name):
         assert {c.dtype for c in jax.tree.leaves(carry)} == {jnp.dtype("complex64")}
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_model_bridged_to_nnx():
     from flax import nnx
 

@@ -180,7 +180,6 @@ def test_complex_measures_are_projected():
 # --- Memory -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @each_method
 def test_memory_is_flat(method):
     "N = 256: no step keeps a matrix. 10,000 of them would be 2.6 GB in float32; one is 0.26 MB."
@@ -233,7 +232,6 @@ def by_hand(variables, cell, x):
     return np.array(out), c
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("gate", GATES)
 @each_measure
 def test_cell(measure, gate):
@@ -254,7 +252,6 @@ def test_cell(measure, gate):
         assert np.all(np.isfinite(g)) and np.abs(g).max() > 0, path
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("measure", ("legs", "lagt"))
 def test_cell_lengths_directions_and_batches(measure):
     cell = HiPPOCell(features=4, N=5, measure=measure, gate="lstm", **CLOCKS[measure])

@@ -5,12 +5,9 @@ from functools import cache, partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sweep import EQUAL_STEPS_ONLY, KEY, LAYERS, noise
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @st.composite

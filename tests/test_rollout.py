@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import serialization
-from sweep import quickly
 
 from ssm_lib import (
     DSS,
@@ -22,15 +21,12 @@ from ssm_lib import (
     write_rollout,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 KEY = jax.random.PRNGKey(0)
 RNG = np.random.default_rng(0)
 W, C = 4, 2
 MODEL = BatchStackedSSMModel(partial(S5SSM, d_hidden=8, blocks=1), d_model=W, d_vars=C, n_layers=2, dropout=0.1)
 RECORD = jnp.asarray(RNG.normal(size=(2, 8, W, C)), jnp.float32)
-with quickly():
-    VARIABLES = jax.jit(lambda key: MODEL.clone(training=False).init(key, RECORD))(KEY)
+VARIABLES = jax.jit(lambda key: MODEL.clone(training=False).init(key, RECORD))(KEY)
 
 
 @partial(jax.jit, static_argnames=("method", "all_carries"))

@@ -20,8 +20,6 @@ from ssm_lib import (
     space,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 BOUNDARIES = space.BOUNDARIES
 CONVS = {f"conv_{edge}": space.Conv(3, boundary=edge) for edge in BOUNDARIES}
 SCANS = {f"scan_{edge}": space.Scan(2, boundary=edge) for edge in BOUNDARIES}
