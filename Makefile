@@ -50,8 +50,8 @@ test-oldest:  ## run the notebooks and the tests on the lower bounds of settings
 	.venv-oldest/bin/python -m pip install --quiet --upgrade pip
 	sed -n 's/^requirements *= *//p' settings.ini | tr ' ' '\n' | sed 's/>=/==/' > .venv-oldest/oldest.txt
 	.venv-oldest/bin/python -m pip install --quiet --constraint .venv-oldest/oldest.txt --editable '.[dev]'
-	.venv-oldest/bin/nbdev_test
-	XLA_FLAGS= .venv-oldest/bin/pytest -n auto --ignore=tests/test_guards.py
+	XLA_FLAGS="$(QUICK)" .venv-oldest/bin/nbdev_test
+	.venv-oldest/bin/pytest -n auto --ignore=tests/test_guards.py
 
 bench: install $(VENV)/.installed-bench  ## measure speed and memory; tables in benchmarks/results/
 	$(BIN)/python benchmarks/speed.py
