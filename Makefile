@@ -28,8 +28,8 @@ install: $(VENV)/.installed-dev  ## make .venv with everything that development 
 demo: $(VENV)/.installed-demo  ## train on a real PDE, roll it out, and write the results under runs/
 	$(BIN)/python -m ssm_lib.cli demo
 
-# How the tests have XLA compile, from tests/conftest.py; `make test QUICK=` runs all of them as users' programs run.
-QUICK := $(shell sed -n 's/^QUICK = "\(.*\)"/\1/p' tests/conftest.py)
+# How the tests have XLA compile; `make test QUICK=` runs all of them as users' programs run.
+QUICK = $$($(BIN)/python tests/conftest.py)
 AS_USERS_DO := $(addprefix tests/test_,accuracy.py cost.py golden.py)
 test: install  ## run the guards, the notebooks and the tests
 	$(BIN)/pytest tests/test_guards.py
@@ -50,7 +50,7 @@ test-oldest:  ## run the notebooks and the tests on the lower bounds of settings
 	.venv-oldest/bin/python -m pip install --quiet --upgrade pip
 	sed -n 's/^requirements *= *//p' settings.ini | tr ' ' '\n' | sed 's/>=/==/' > .venv-oldest/oldest.txt
 	.venv-oldest/bin/python -m pip install --quiet --constraint .venv-oldest/oldest.txt --editable '.[dev]'
-	XLA_FLAGS="$(QUICK)" .venv-oldest/bin/nbdev_test
+	XLA_FLAGS="$$(.venv-oldest/bin/python tests/conftest.py)" .venv-oldest/bin/nbdev_test
 	.venv-oldest/bin/pytest -n auto --ignore=tests/test_guards.py
 
 bench: install $(VENV)/.installed-bench  ## measure speed and memory; tables in benchmarks/results/
