@@ -24,8 +24,9 @@ _FIELDS = Made(Fields, 'open_fields("ocean.nc")')
 def share_of(cycle, times):
     "How much of the day or year has passed, 0 to 1, at each of some dates."
     if times.dtype.kind == "M":
-        t, unit = times.astype("datetime64[s]"), "datetime64[D]" if cycle == "day" else "datetime64[Y]"
-        begin, end = t.astype(unit).astype(t.dtype), (t.astype(unit) + 1).astype(t.dtype)
+        t, unit = times.astype("datetime64[s]"), "D" if cycle == "day" else "Y"
+        whole = t.astype(f"datetime64[{unit}]")
+        begin, end = whole.astype(t.dtype), (whole + np.timedelta64(1, unit)).astype(t.dtype)
         return (t - begin).astype(float) / (end - begin).astype(float)
     day = np.array([t.hour / 24 + t.minute / 1440 + t.second / 86400 for t in times])  # other calendars, by cftime
     if cycle == "day":
