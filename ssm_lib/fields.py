@@ -295,7 +295,7 @@ def _step(step):
     "A step of time as one says it."
     if not isinstance(step, np.timedelta64):
         return str(step)
-    unit = next(unit for unit in ("D", "h", "m", "s", "ns") if step % np.timedelta64(1, unit) == np.timedelta64(0, unit))
+    unit = next(unit for unit in ("D", "h", "m", "s", "ns") if not (step % np.timedelta64(1, unit)).astype(int))
     return str(step.astype(f"timedelta64[{unit}]"))
 
 
