@@ -250,6 +250,15 @@ def _with_margins(h, sizes, boundary, dilation):
     return h
 
 # %% ../nbs/29_space.ipynb #a6d7c2f0
+def _features_out(space, width):
+    if space.depthwise and space.features not in (None, width):
+        raise ValueError(
+            f"{type(space).__name__} is to make {space.features} features of {width}, feature by feature; "
+            "expected features=None, or depthwise=False."
+        )
+    return width if space.features is None else space.features
+
+
 class Conv(Space):
     """Every place from its neighbours.
 
@@ -274,7 +283,7 @@ class Conv(Space):
     }
 
     def out(self, width):
-        return width if self.features is None else self.features
+        return _features_out(self, width)
 
     @nn.compact
     def mix(self, h):
@@ -355,10 +364,11 @@ def waves(
 @takes(h=Array("(…, C)"), W=Array("(*numbers, C, K)", "numbers"), boundary=Each(Choice(("periodic", "reflect"))))
 def map_waves(
     h: jax.Array,  # (…, *grid, C) real
-    W: jax.Array,  # (*numbers, C, C′): 2m + 1 numbers an axis, m + 1 on the last periodic one and on reflecting ones
+    W: jax.Array,  # (*numbers, C, C′), or (*numbers, 1, C): feature by feature; 2m + 1 numbers an axis, m + 1 on
+    # the last periodic one and on reflecting ones
     boundary="periodic",  # or "reflect", or one for each axis
 ) -> jax.Array:  # (…, *grid, C′)
-    "Each wave by a matrix of its own; the real part of what they make."
+    "Each wave by a matrix of its own, or by a number for each feature; the real part of what they make."
     n, real, boundary = W.ndim - 2, h.dtype, per_axis("boundary", boundary, W.ndim - 2)
     last = max((i for i, edge in enumerate(boundary) if edge == "periodic"), default=None)
     order = sorted(range(n), key=lambda i: i != last)  # a real field becomes half as many complex waves first
@@ -371,8 +381,11 @@ def map_waves(
         there, back[i] = (jnp.asarray(way, kind if np.iscomplexobj(way) else real) for way in ways)
         W = jnp.take(W, k + m if full else k, axis=i)
         z = along(lambda z: project(there.T, z) if i == last else product(z, there), z, i - n - 1)
-    flat = z.reshape(-1, math.prod(W.shape[:n]), z.shape[-1])
-    z = jnp.einsum("bkc,kcd->bkd", flat, W.reshape(-1, *W.shape[n:])).reshape(*z.shape[:-1], W.shape[-1])
+    if W.shape[-2] == 1 < h.shape[-1]:
+        z = z * W[..., 0, :]
+    else:
+        flat = z.reshape(-1, math.prod(W.shape[:n]), z.shape[-1])
+        z = jnp.einsum("bkc,kcd->bkd", flat, W.reshape(-1, *W.shape[n:])).reshape(*z.shape[:-1], W.shape[-1])
     for i in reversed(order):
         z = along(lambda z: read_out(back[i].T, z) if i == last else product(z, back[i]), z, i - n - 1)
     return z
@@ -386,16 +399,21 @@ class Spectral(Space):
     modes : highest wave number m, or one for each axis
     features : how many come out; as many as go in by default
     boundary : "periodic" (Fourier) or "reflect" (cosine), or one for each axis
+    depthwise : feature by feature
     """
 
     modes: int | tuple
     features: int | None = None
     boundary: str | tuple = "periodic"
+    depthwise: bool = False
 
-    kinds = {"modes": Each(Size(0)), "features": Maybe(Size()), "boundary": Each(Choice(("periodic", "reflect")))}
+    kinds = {
+        "modes": Each(Size(0)), "features": Maybe(Size()), "boundary": Each(Choice(("periodic", "reflect"))),
+        "depthwise": Flag(),
+    }
 
     def out(self, width):
-        return width if self.features is None else self.features
+        return _features_out(self, width)
 
     @nn.compact
     def mix(self, h):
@@ -403,8 +421,9 @@ class Spectral(Space):
         modes, boundary = per_axis("modes", self.modes, n), per_axis("boundary", self.boundary, n)
         rings = [i for i in range(n) if boundary[i] == "periodic"]
         numbers = [2 * m + 1 if i in rings[:-1] else m + 1 for i, m in enumerate(modes)]
-        normal = nn.initializers.normal(1 / math.sqrt(C * (2 if rings else 1)))
-        W = self.param("W", normal, (*numbers, C, self.out(C), *([2] if rings else [])))
+        read = 1 if self.depthwise else C
+        normal = nn.initializers.normal(1 / math.sqrt(read * (2 if rings else 1)))
+        W = self.param("W", normal, (*numbers, read, self.out(C), *([2] if rings else [])))
         W = to_complex(W) if rings else W
         bias = self.param("bias", nn.initializers.zeros, (self.out(C),))
         wide = h.astype(common_dtype(h.dtype, jnp.float32))

@@ -32,6 +32,7 @@ SPACES = {  # a new space is tested by one line here
     **CONVS,
     "depthwise": space.Conv((3, 1), depthwise=True, dilation=2),
     "spectral": space.Spectral(2),
+    "filters": space.Spectral(2, depthwise=True),
     "cosine": space.Spectral(1, boundary="reflect"),
     "mean": space.Sum((space.Space(), space.Mean())),
     **SCANS,
@@ -40,7 +41,7 @@ SPACES = {  # a new space is tested by one line here
     "sum": space.Sum((space.Spectral(1), space.Conv(1))),
     "around": space.Around((space.Conv(3, features=6), space.Conv(1, features=4))),
 }
-COMMUTES = ("conv_periodic", "depthwise", "spectral", "scan_periodic", "mean", "chain", "sum")  # with turning a ring
+COMMUTES = ("conv_periodic", "depthwise", "spectral", "filters", "scan_periodic", "mean", "chain", "sum")  # with turning a ring
 NO_GRID = {name: one for name, one in SPACES.items() if name not in ("dense", "few", "separable", "low_rank")}
 TWINS = [f"{kind}_{edge}" for kind in ("conv", "scan") for edge in ("reflect", "replicate")]  # in time as the others of their kind
 PAIRS = [(name, "lru") for name in SPACES if name not in ("dense", *TWINS)]
@@ -233,6 +234,8 @@ BAD = {
     "waves": (lambda: space.Spectral(2, boundary="zero"), "'periodic', 'reflect'"),
     "ends": (lambda: one_step(space.Scan(ssm=LAYERS["lru"][0])), "'zero'"),
     "features": (lambda: one_step(space.Conv(3, features=3)), "Around"),
+    "depthwise": (lambda: one_step(space.Conv(3, features=3, depthwise=True)), "3 features of 2, feature by feature"),
+    "filters": (lambda: one_step(space.Spectral(3, features=3, depthwise=True)), "3 features of 2, feature by feature"),
     "unsized": (lambda: SequenceLayer(None, 4, space=space.Conv(3)).init(KEY, noise(6, 4)), "space has no grid"),
     "parts": (lambda: space.Chain(()), "expected spaces"),
     "dt": (lambda: one_step(space.Conv(3), dt=0.5), "no clock"),
