@@ -110,9 +110,33 @@ def _write(path, text):
     os.replace(beside, path)
 
 
+def _read(about):
+    "What a run is, and the version that wrote it down, (major, minor)."
+    try:
+        words = json.loads(about.read_text(encoding="utf-8"))
+        return words["config"], tuple(int(n) for n in words["ssm_lib"].split(".")[:2])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{about} cannot be read; expected JSON as Run writes it.") from None
+
+
+def _agree(about, config):
+    "Write down what a run is; a ValueError if its folder says that it is something else."
+    if not about.exists():
+        _write(about, json.dumps({"ssm_lib": version("ssm_lib"), "config": config}, indent=1) + "\n")
+    changed = _first_difference(_read(about)[0], config)
+    if changed:
+        raise ValueError(f"config of the run in {about.parent}: {changed}; expected the same. Take another folder.")
+
+
 def _lines(log):
     "The whole lines of a log; a last one without an end was not written to the end."
     return [line for line in log.read_text(encoding="utf-8").split("\n")[:-1] if line]
+
+
+def _forget_after(step, log):
+    "Drop the lines of a log that are about later steps."
+    if log.exists():
+        _write(log, "".join(line + "\n" for line in _lines(log) if json.loads(line)["step"] <= step))
 
 # %% ../nbs/38_runs.ipynb #3800000a
 @takes(folder=FilePath())
@@ -147,23 +171,15 @@ class Run:
         except (TypeError, ValueError):
             raise ValueError(f"config is {shown(config)}; expected what JSON can hold: numbers, text, lists.") from None
         self.folder, self.every = check_folder(folder).absolute(), every
-        self.saved, self._stack = -float("inf"), contextlib.ExitStack()
+        self.saved = -float("inf")
 
     def __enter__(self):
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._stack.enter_context(locked(self.folder))
-        about = self.folder / "config.json"
-        if about.exists():
-            changed = _first_difference(json.loads(about.read_text(encoding="utf-8"))["config"], self.config)
-            if changed:
-                self.__exit__()
-                raise ValueError(
-                    f"config of the run in {self.folder}: {changed}; "
-                    "expected the same. Take another folder."
-                )
-        else:
-            _write(about, json.dumps({"ssm_lib": version("ssm_lib"), "config": self.config}, indent=1) + "\n")
-        self.last, self.best = (self._stack.enter_context(_manager(self.folder / name, KEPT[name])) for name in KEPT)
+        with contextlib.ExitStack() as stack:  # if anything fails, the folder is free again
+            stack.enter_context(locked(self.folder))
+            _agree(self.folder / "config.json", self.config)
+            self.last, self.best = (stack.enter_context(_manager(self.folder / name, KEPT[name])) for name in KEPT)
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *error):
@@ -176,9 +192,7 @@ class Run:
             if step > (0 if found is None else found.step):  # damaged
                 self.last.delete(step)
         step = 0 if found is None else found.step
-        log = self.folder / "log.jsonl"
-        if log.exists():
-            _write(log, "".join(line + "\n" for line in _lines(log) if json.loads(line)["step"] <= step))
+        _forget_after(step, self.folder / "log.jsonl")
         if found is not None and found.best[0] == step and self.best.latest_step() != step and step:
             self._keep_best(found)
         return found
@@ -339,14 +353,10 @@ def load_run(
     about = folder / "config.json"
     if not about.is_file():
         raise ValueError(f"folder {folder} holds no run; expected config.json in it, as Run(folder, config) writes it.")
-    try:
-        words = json.loads(about.read_text(encoding="utf-8"))
-        config, made_by = words["config"], tuple(int(n) for n in words["ssm_lib"].split(".")[:2])
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{about} cannot be read; expected JSON as Run writes it.") from None
+    config, made_by = _read(about)
     if made_by > tuple(int(n) for n in version("ssm_lib").split(".")[:2]):
         raise ValueError(
-            f"{about} was written by ssm_lib {words['ssm_lib']}; "
+            f"{about} was written by ssm_lib {'.'.join(map(str, made_by))}; "
             f"expected {version('ssm_lib')} or an earlier one. Install that version."
         )
     for name in ("best", "last"):

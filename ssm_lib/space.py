@@ -364,8 +364,7 @@ def waves(
 @takes(h=Array("(…, C)"), W=Array("(*numbers, C, K)", "numbers"), boundary=Each(Choice(("periodic", "reflect"))))
 def map_waves(
     h: jax.Array,  # (…, *grid, C) real
-    W: jax.Array,  # (*numbers, C, C′), or (*numbers, 1, C): feature by feature; 2m + 1 numbers an axis, m + 1 on
-    # the last periodic one and on reflecting ones
+    W: jax.Array,  # (*numbers, C, C′) or (*numbers, 1, C): 2m + 1 an axis, m + 1 on mirrors and on the last ring
     boundary="periodic",  # or "reflect", or one for each axis
 ) -> jax.Array:  # (…, *grid, C′)
     "Each wave by a matrix of its own, or by a number for each feature; the real part of what they make."

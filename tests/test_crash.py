@@ -191,3 +191,13 @@ def test_asked_again_it_stops_at_once(tmp_path):
         assert asked == [signal.SIGINT] and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
         os.kill(os.getpid(), signal.SIGINT)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_a_folder_that_could_not_be_opened_is_free(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    run = Run(tmp_path, {"rate": 1e-2})
+    with pytest.raises(ValueError, match="config.json cannot be read; expected JSON"):
+        run.__enter__()
+    (tmp_path / "config.json").unlink()
+    with Run(tmp_path, {"rate": 1e-2}):
+        pass

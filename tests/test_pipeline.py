@@ -17,8 +17,6 @@ from ssm_lib import Config, DataConfig, ModelConfig, TrainingConfig, cli, open_r
 from ssm_lib.evaluation import climatology
 
 RNG = np.random.default_rng(0)
-
-
 T = 60
 
 
