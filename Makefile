@@ -6,7 +6,7 @@ PACKAGING := settings.ini setup.py pyproject.toml
 PAGES := $(sort $(wildcard nbs/*.ipynb nbs/tutorials/*.ipynb))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-install test-oldest bench lint export pages docs docs-links docs-test clean
+.PHONY: help install demo test test-install test-oldest bench scores lint export pages docs docs-links docs-test clean
 .DELETE_ON_ERROR:
 
 help:  ## list these targets
@@ -56,6 +56,9 @@ test-oldest:  ## run the notebooks and the tests on the lower bounds of settings
 bench: install $(VENV)/.installed-bench  ## measure speed and memory; tables in benchmarks/results/
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/space_cost.py
+
+scores: install $(VENV)/.installed-bench  ## what is missing of the scores on public protocols; hours, can be stopped at any time
+	$(BIN)/python benchmarks/apebench.py
 
 lint: install  ## check the style of notebooks and scripts
 	$(BIN)/ruff check nbs tests tools setup.py $(wildcard benchmarks)

@@ -11,11 +11,8 @@ trained on N points then runs on 2N and on N/2 where `on_grid` lets it, against 
 to `spaces_<case>.json` at once, so that nothing is lost and cases can run beside each other; `spaces.md` holds the tables.
 """
 import argparse
-import json
 import math
-import time
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +20,7 @@ import exponax as ex
 import jax
 import numpy as np
 import optax
+from kept import in_order, read, run_missing
 from speed import table
 
 from ssm_lib import Forecaster, fit, fit_normalizer, next_frame_loss, nrmse, on_grid, rollout, window_batches
@@ -123,9 +121,8 @@ def one_run(case, net, train, test, seed, updates):
     schedule = optax.warmup_cosine_decay_schedule(0.0, case.rate, max(1, updates // 10), updates)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
     loss = partial(next_frame_loss, model, scale=scales.increment_std[0])
-    began = time.perf_counter()
     variables, losses = fit(loss, variables, batches, optimizer, updates, seed=seed)
-    told = {"seconds": time.perf_counter() - began, "loss": float(losses[-updates // 20 - 1 :].mean())}
+    told = {"loss": float(losses[-updates // 20 - 1 :].mean())}
     for name, (points, every) in {"N": (case.points, 2), "2N": (2 * case.points, 1), "N/2": (case.points // 2, 4)}.items():
         try:
             told[name] = score(on_grid(model, (points,) * case.axes), variables, coarser(test, every))
@@ -136,31 +133,24 @@ def one_run(case, net, train, test, seed, updates):
 
 def run(case, spaces, seeds, updates, file):
     "All runs of a case that the file does not hold yet, seed after seed."
-    done = json.loads(file.read_text()) if file.exists() else {}
     train, test = trajectories(case, 50, 51, seed=0), trajectories(case, 30, LEADS + 1, seed=773)
-    for seed in range(seeds):
-        for kind, net in nets((case.points,) * case.axes).items():
-            runs = done.setdefault(kind, {})
-            if (spaces and kind not in spaces) or str(seed) in runs:
-                continue
-            shapes = jax.eval_shape(net.init, jax.random.PRNGKey(0), np.zeros((1, 2, *net.frame), np.float32))
-            parameters = sum(math.prod(p.shape) for p in jax.tree.leaves(shapes["params"]))
-            if not 0.85 * BUDGET < parameters <= BUDGET:
-                raise ValueError(f"{kind} has {parameters} parameters on {net.grid}; expected {BUDGET} or a little less.")
-            result = one_run(case, net, coarser(train, 2), test, seed, updates)
-            versions = {name: version(name) for name in ("jax", "flax", "exponax")}
-            runs[str(seed)] = {"parameters": parameters, "updates": updates, **result, **versions}
-            partial_file = file.with_suffix(".partial")
-            partial_file.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
-            partial_file.replace(file)
-            print(f"{case.title}, {kind}, seed {seed}: {result['seconds']:.0f} s, {result['N']}", flush=True)
+    made = nets((case.points,) * case.axes)
+
+    def one(kind, seed):
+        net = made[kind]
+        shapes = jax.eval_shape(net.init, jax.random.PRNGKey(0), np.zeros((1, 2, *net.frame), np.float32))
+        parameters = sum(math.prod(p.shape) for p in jax.tree.leaves(shapes["params"]))
+        if not 0.85 * BUDGET < parameters <= BUDGET:
+            raise ValueError(f"{kind} has {parameters} parameters on {net.grid}; expected {BUDGET} or a little less.")
+        return {"parameters": parameters, "updates": updates, **one_run(case, net, coarser(train, 2), test, seed, updates)}
+
+    run_missing(file, [kind for kind in made if kind in (spaces or made)], seeds, one)
 
 
 def gathered(folder):
     "case → contender → its runs, in order of their seeds, from the files of a folder."
     files = {name: folder / f"spaces_{name}.json" for name in CASES}
-    read = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
-    return {name: {kind: [runs[s] for s in sorted(runs, key=int)] for kind, runs in kinds.items()} for name, kinds in read.items()}
+    return {name: in_order(read(file)) for name, file in files.items() if file.exists()}
 
 
 def spread(values):

@@ -7,6 +7,7 @@ from ssm_lib.contract import Recurrent, SSMLayer
 from ssm_lib.convolution import causal_convolution, discretize_dense, kernel_dense, run_dense
 from ssm_lib.data import (
     curriculum,
+    fit_band,
     fit_normalizer,
     pde_trajectories,
     split_trajectories,

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PDES', 'PIECE', 'check_trajectories', 'pde_trajectories', 'split_trajectories', 'Normalizer', 'pieces',
-           'fit_normalizer', 'windows', 'random_shift', 'window_batch', 'window_batches', 'curriculum', 'growth']
+           'fit_normalizer', 'fit_band', 'windows', 'random_shift', 'window_batch', 'window_batches', 'curriculum',
+           'growth']
 
 # %% ../nbs/42_data.ipynb #3ee5fecb
 import itertools
@@ -16,14 +17,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .checks import Array, Choice, Flag, Maybe, Number, Size, check_divides, needs, shown, takes
+from .checks import Array, Choice, Each, Flag, Maybe, Number, Size, check_divides, needs, per_axis, shown, takes
+from .space import Band
 
 _POSITIVE = Number(above=0)
 
 # %% ../nbs/42_data.ipynb #214cfc6c
+@takes(frames=Size())
 def check_trajectories(
     x: Any,  # array to check
     name: str = "trajectories",  # what to call it in the error
+    frames: int = 1,  # at least so many
 ) -> np.ndarray:  # the same array, `(M, T, *space, C)`
     "Return `x`, an array or what reads like one, if it is `(M, T, *space, C)`; else a ValueError says what is wrong."
     if not all(hasattr(x, what) for what in ("shape", "dtype", "__getitem__")):
@@ -35,6 +39,8 @@ def check_trajectories(
         )
     if 0 in x.shape:
         raise ValueError(f"{name} has shape {tuple(x.shape)}; expected no empty axis. Check how it was cut.")
+    if x.shape[1] < frames:
+        raise ValueError(f"{name} have {x.shape[1]} frame; expected at least {frames}, to measure the increments.")
     if not np.issubdtype(x.dtype, np.floating):
         raise ValueError(f"{name} has dtype {x.dtype}; expected real floats. Convert with x.astype('float32').")
     return x
@@ -195,9 +201,7 @@ def fit_normalizer(
     gaps: bool = False,  # NaN is a gap, and left out
 ) -> Normalizer:
     "Measure the scales of each variable in float64, a piece at a time. A constant variable gets scales of 1."
-    x = check_trajectories(x)
-    if x.shape[1] < 2:
-        raise ValueError(f"trajectories have {x.shape[1]} frame; expected at least 2, to measure the increments.")
+    x = check_trajectories(x, frames=2)
     base, sums = None, np.zeros((5, x.shape[-1]))  # how many, sum, squares; increments: how many, squares
     for at, piece, own in pieces(x, ahead=1):
         _check_numbers(at, piece, gaps)
@@ -216,6 +220,41 @@ def fit_normalizer(
     tiny = 1e-12 * ((mean + base) ** 2 + var)  # rounding, not variation
     scales = [np.where(v > tiny, np.sqrt(np.maximum(v, 0)), 1.0) for v in (var, increment)]
     return Normalizer(*(tuple(float(f) for f in v) for v in (mean + base, *scales)))
+
+# %% ../nbs/42_data.ipynb #42000e02
+def _energies(field, boundary):
+    "(*numbers, C) energy of each wave, summed over frames (K, *space, C); in what order, `fft` says."
+    n = len(boundary)
+    for i, edge in enumerate(boundary):
+        if edge == "reflect":  # a field and its picture go round
+            field = np.concatenate([field, np.flip(field, i + 1)], i + 1)
+    return (np.abs(np.fft.fftn(field, axes=range(1, n + 1))) ** 2).sum(0)
+
+
+@takes(boundary=Each(Choice(("periodic", "reflect"))), cut=Number(0))
+def fit_band(
+    x: np.ndarray,  # training trajectories `(M, T, *space, C)`, T at least 2
+    boundary="periodic",  # or "reflect", or one for each axis
+    *,
+    cut: float = 1e-9,  # share of the energy of the strongest wave, below which one is taken for rounding
+) -> Band:
+    "Which waves change from frame to frame, measured in float64, a piece at a time."
+    x = check_trajectories(x, frames=2)
+    space = x.shape[2:-1]
+    boundary = per_axis("boundary", boundary, len(space))
+    energy = 0
+    for at, piece, _ in pieces(x, ahead=1):
+        _check_numbers(at, piece, gaps=False)
+        energy = energy + _energies(np.diff(piece, axis=0), boundary)
+    there = energy > cut * energy.max(tuple(range(len(space))))
+    limits = []
+    for i, (N, edge) in enumerate(zip(space, boundary)):
+        along = there.any(tuple(j for j in range(there.ndim) if j != i))
+        k = np.abs(np.fft.fftfreq(len(along), 1 / len(along))).astype(int)
+        highest, most = int(max(k[along], default=0)), N // 2 if edge == "periodic" else N - 1
+        limits.append(None if highest >= most else highest)
+    mean = tuple(bool(m) for m in there[(0,) * len(space)])
+    return Band(tuple(limits), mean, boundary)
 
 # %% ../nbs/42_data.ipynb #ce787475
 @takes(length=Size(), stride=Size())

@@ -12,10 +12,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from .checks import Array, Each, Flag, Number, Size, shown
+from .checks import Array, Each, Flag, Made, Maybe, Number, Size, shown
 from .contract import Recurrent
 from .discretization import matched
 from .scan import scan_in_segments, varying_as
+from .space import Band, within
 
 # %% ../nbs/34_forecaster.ipynb #34000007
 class Forecaster(Recurrent):
@@ -30,6 +31,7 @@ class Forecaster(Recurrent):
     mean, std : mean and deviation of each variable, C floats in physical units
     increment_std : root mean square of x[k+1] − x[k] for each variable, C floats in physical units
     gaps : whether NaN among the variables is a gap, filled by the prediction of the frame before
+    band : waves that increments are made of, e.g. of `fit_band`; None: all
     """
 
     model: nn.Module
@@ -37,8 +39,9 @@ class Forecaster(Recurrent):
     std: tuple
     increment_std: tuple
     gaps: bool = False
+    band: Band | None = None
 
-    kinds = {"gaps": Flag()}
+    kinds = {"gaps": Flag(), "band": Maybe(Made(Band, "fit_band(frames)"))}
     frame = property(lambda self: self.model.frame)
     d_inputs = property(lambda self: self.model.d_inputs)
     batch_axes = property(lambda self: self.model.batch_axes)
@@ -48,6 +51,10 @@ class Forecaster(Recurrent):
     def __post_init__(self):
         _check_scales(self, ("mean", "std", "increment_std"))
         super().__post_init__()
+        if self.band is not None:
+            self.band.checked(len(self.frame) - 1, len(self.mean))
+            if self.gaps:
+                raise ValueError("band is given with gaps=True; expected one of them: waves are made of all places.")
 
     def setup(self):
         _check_every_frame(self.model)
@@ -90,7 +97,7 @@ def _increments(forecaster, x, inputs, carry, times):
     x, mean, std, scale = matched(x, *scales)
     z = jnp.concatenate([(x - mean) / std, inputs.astype(x.dtype)], -1)
     carry, y = forecaster.model.stretch(z, carry, times)
-    return carry, x + scale * y
+    return carry, x + scale * (y if forecaster.band is None else within(y, forecaster.band))
 
 
 def _observed(forecaster):

@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from .checks import Choice, Each, Flag, Maybe, Size, check_even, check_steps, shown, takes
+from .checks import Choice, Each, Flag, Maybe, Number, Size, check_even, check_steps, shown, takes
 from .contract import SSMLayer
 from .discretization import matched, scaled, zoh
 from .hippo import dplr
@@ -39,7 +39,7 @@ SIZES = {"d_model": Each(Size()), "d_vars": Size(), "width": Size(), "n_layers":
 WINDOW = {"kernel": Each(Size()), "boundary": Each(Choice(BOUNDARIES))}
 
 # %% ../nbs/32_recipes.ipynb #6cfc648f
-@takes(**SIZES, **WINDOW)
+@takes(**SIZES, **WINDOW, gain=Number(above=0))
 def residual_conv(
     d_model,  # shape of the grid, W, (H, W) or (D, H, W)
     d_vars: int,  # variables of a frame
@@ -47,17 +47,18 @@ def residual_conv(
     n_layers: int = 6,  # blocks
     kernel=3,  # odd size, or one for each axis
     boundary="periodic",  # or "zero", "reflect", "replicate", or one for each axis
+    gain: float = 1.0,  # times which parameters are kernels, as in `Conv`
 ):  # a Batch model
     "A residual convolutional net from one frame to the next."
-    conv = partial(Conv, kernel=kernel, boundary=boundary)
+    conv = partial(Conv, kernel=kernel, boundary=boundary, gain=gain)
     return _stack(
         d_model, None, Around((conv(), conv())), d_vars=d_vars, width=width, n_layers=n_layers, activation="gelu"
     )
 
 # %% ../nbs/32_recipes.ipynb #23e57994
-def _near_and_far(kernel, boundary, *far):
+def _near_and_far(kernel, boundary, *far, gain=1.0):
     "Two convolutions, with what reaches further added to the first."
-    conv = partial(Conv, kernel, boundary=boundary)
+    conv = partial(Conv, kernel, boundary=boundary, gain=gain)
     return Around((Chain((conv(), Sum((Space(), *far)))), conv()))
 
 
@@ -94,7 +95,7 @@ def fno(
     return _stack(d_model, None, space, d_vars=d_vars, width=width, n_layers=n_layers, activation="gelu")
 
 
-@takes(**SIZES, **WAVES, kernel=WINDOW["kernel"])
+@takes(**SIZES, **WAVES, kernel=WINDOW["kernel"], depthwise=Flag(), gain=Number(above=0))
 def conv_spectral(
     d_model,  # shape of the grid
     d_vars: int,  # variables of a frame
@@ -103,9 +104,13 @@ def conv_spectral(
     kernel=3,  # odd size, or one for each axis
     modes=6,  # highest wave number, or one for each axis
     boundary="periodic",  # or "reflect", or one for each axis
+    depthwise: bool = False,  # each wave of a feature by one number, which begins at zero
+    gain: float = 1.0,  # times which parameters are kernels, as in `Conv`
 ):  # a Batch model
     "Convolutions with learned maps of the lowest waves added, from one frame to the next."
-    space = _near_and_far(kernel, boundary, Spectral(modes, boundary=boundary))
+    begin = nn.initializers.zeros if depthwise else None
+    far = Spectral(modes, boundary=boundary, depthwise=depthwise, gain=gain, W_init=begin)
+    space = _near_and_far(kernel, boundary, far, gain=gain)
     return _stack(d_model, None, space, d_vars=d_vars, width=width, n_layers=n_layers, activation="gelu")
 
 # %% ../nbs/32_recipes.ipynb #775a7645

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['PADDING', 'BOUNDARIES', 'WINDOWS', 'POLES', 'Space', 'Dense', 'leading_patterns', 'extend', 'convolve', 'Conv',
-           'along', 'Separable', 'waves', 'map_waves', 'Spectral', 'symbol', 'scan_axis', 'Scan', 'Mean', 'Chain',
-           'Sum', 'Map', 'Around']
+           'along', 'Separable', 'waves', 'map_waves', 'Spectral', 'Band', 'within', 'symbol', 'scan_axis', 'Scan',
+           'Mean', 'Chain', 'Sum', 'Map', 'Around']
 
 # %% ../nbs/29_space.ipynb #54c572ba
 import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.linen.dtypes import promote_dtype
 
-from .checks import Array, Choice, Each, Flag, Function, Maybe, Size, check_fields, per_axis, shown, takes
+from .checks import Array, Choice, Each, Flag, Function, Made, Maybe, Number, Size, shown, takes
+from .checks import check_fields, per_axis
 from .discretization import common_dtype
 from .system import product, project, read_out, to_complex
 
@@ -259,6 +260,11 @@ def _features_out(space, width):
     return width if space.features is None else space.features
 
 
+def _smaller(init, gain):
+    "An initialiser of parameters that are to be multiplied by a gain."
+    return lambda *args: init(*args) / gain
+
+
 class Conv(Space):
     """Every place from its neighbours.
 
@@ -269,6 +275,7 @@ class Conv(Space):
     depthwise : feature by feature
     dilation : places from tap to tap, or one for each axis
     boundary : "periodic", "zero", "reflect", "replicate", or one for each axis
+    gain : times which the parameter is the kernel
     """
 
     kernel: int | tuple = 3
@@ -276,10 +283,11 @@ class Conv(Space):
     depthwise: bool = False
     dilation: int | tuple = 1
     boundary: str | tuple = "periodic"
+    gain: float = 1.0
 
     kinds = {
         "kernel": Each(Size()), "features": Maybe(Size()), "depthwise": Flag(), "dilation": Each(Size()),
-        "boundary": Each(Choice(BOUNDARIES)),
+        "boundary": Each(Choice(BOUNDARIES)), "gain": Number(above=0),
     }
 
     def out(self, width):
@@ -289,7 +297,7 @@ class Conv(Space):
     def mix(self, h):
         sizes, C = per_axis("kernel", self.kernel, len(self.grid)), h.shape[-1]
         shape = (*sizes, 1 if self.depthwise else C, self.out(C))
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        kernel = self.gain * self.param("kernel", _smaller(nn.initializers.lecun_normal(), self.gain), shape)
         bias = self.param("bias", nn.initializers.zeros, shape[-1:])
         h, kernel, bias = promote_dtype(h, kernel, bias, dtype=self.dtype)
         return convolve(h, kernel, self.boundary, self.dilation) + bias
@@ -399,16 +407,20 @@ class Spectral(Space):
     features : how many come out; as many as go in by default
     boundary : "periodic" (Fourier) or "reflect" (cosine), or one for each axis
     depthwise : feature by feature
+    gain : times which the parameter is W
+    W_init : what W begins as, e.g. `nn.initializers.zeros`; normal by default, so that the size of features stays
     """
 
     modes: int | tuple
     features: int | None = None
     boundary: str | tuple = "periodic"
     depthwise: bool = False
+    gain: float = 1.0
+    W_init: Callable | None = None
 
     kinds = {
         "modes": Each(Size(0)), "features": Maybe(Size()), "boundary": Each(Choice(("periodic", "reflect"))),
-        "depthwise": Flag(),
+        "depthwise": Flag(), "gain": Number(above=0), "W_init": Maybe(Function("nn.initializers.zeros")),
     }
 
     def out(self, width):
@@ -421,8 +433,8 @@ class Spectral(Space):
         rings = [i for i in range(n) if boundary[i] == "periodic"]
         numbers = [2 * m + 1 if i in rings[:-1] else m + 1 for i, m in enumerate(modes)]
         read = 1 if self.depthwise else C
-        normal = nn.initializers.normal(1 / math.sqrt(read * (2 if rings else 1)))
-        W = self.param("W", normal, (*numbers, read, self.out(C), *([2] if rings else [])))
+        init = _smaller(self.W_init or nn.initializers.normal(1 / math.sqrt(read * (2 if rings else 1))), self.gain)
+        W = self.gain * self.param("W", init, (*numbers, read, self.out(C), *([2] if rings else [])))
         W = to_complex(W) if rings else W
         bias = self.param("bias", nn.initializers.zeros, (self.out(C),))
         wide = h.astype(common_dtype(h.dtype, jnp.float32))
@@ -431,6 +443,48 @@ class Spectral(Space):
     def on(self, old, new):
         "The same waves."
         return self
+
+# %% ../nbs/29_space.ipynb #29000e02
+class Band(NamedTuple):
+    """Some of the waves of a field.
+
+    Parameters
+    ----------
+    waves : highest wave number of each axis of space; None: no limit
+    mean : whether the mean over space is among them, for each of C variables
+    boundary : "periodic" (Fourier) or "reflect" (cosine) for each axis
+    """
+
+    waves: tuple[int | None, ...]
+    mean: tuple[bool, ...]
+    boundary: tuple[str, ...]
+
+    def checked(self, axes: int, variables: int) -> "Band":
+        "Itself. Raises ValueError where it isn't one of fields (…, *space, C) with so many axes and variables."
+        sizes = {"waves": axes, "mean": variables, "boundary": axes}
+        kinds = {"waves": Maybe(Size(0)), "mean": Flag(), "boundary": Choice(("periodic", "reflect"))}
+        for name, value in self._asdict().items():
+            Each(kinds[name])(f"{name} of a band", value)
+            if not isinstance(value, tuple) or len(value) != sizes[name]:
+                raise ValueError(f"{name} of a band is {shown(value)}; expected a tuple of {sizes[name]}.")
+        return self
+
+
+@takes(h=Array("(…, C)"), band=Made(Band, "fit_band(frames)"))
+def within(
+    h: jax.Array,  # (…, *space, C) real
+    band: Band,
+) -> jax.Array:  # the same
+    "The part of a field that the waves of a band make."
+    n = len(band.waves)
+    band.checked(n, h.shape[-1])
+    for i, m in enumerate(band.waves):
+        if m is not None:
+            _, there, back = waves(h.shape[i - n - 1], m, band.boundary[i])
+            kept = jnp.asarray((there @ back).real, h.dtype)
+            h = along(lambda h: product(h, kept), h, i - n - 1)
+    mean = h.mean(range(h.ndim - n - 1, h.ndim - 1), keepdims=True)
+    return h - jnp.where(jnp.asarray(band.mean), 0, mean)
 
 # %% ../nbs/29_space.ipynb #a188840c
 POLES = {name: Array("(P, C)", "numbers") for name in ("Lambda", "C_right", "C_left")}

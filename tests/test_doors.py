@@ -69,11 +69,12 @@ VALID = {
     "data.random_shift": dict(rng=np.random.default_rng(0), batch=frames),
     "data.split_trajectories": dict(x=frames, test=0.5, seed=0),
     "data.fit_normalizer": dict(x=frames, gaps=True),
+    "data.fit_band": dict(x=frames, boundary="reflect", cut=1e-6),
     "data.growth": dict(x=frames, steps=2),
     "data.curriculum": dict(steps=10, longest=4, history=2, share=0.5),
     "data.window_batches": dict(x=frames, batch_size=1, length=2, start=0),
     "data.windows": dict(x=frames, length=2, stride=1),
-    "data.check_trajectories": dict(x=frames),
+    "data.check_trajectories": dict(x=frames, frames=1),
     "discretization.bilinear": dict(Lambda=-poles, Delta=0.1),
     "discretization.clip_poles": dict(Lambda_re=-r(P), limit=-0.1),
     "discretization.discretize_bilinear": dict(Lambda=-poles, B_tilde=z(P, H), Delta=r(P)),
@@ -128,7 +129,7 @@ VALID = {
     "metrics.spectrum": dict(x=frames, ends=("periodic",)),
     "metrics.nrmse": dict(prediction=frames, truth=frames),
     "metrics.persistence": dict(history=frames, n_steps=2),
-    "forecaster.Forecaster": dict(model=model, mean=(0.0,), std=(1.0,), increment_std=(1.0,), gaps=True),
+    "forecaster.Forecaster": dict(model=model, mean=(0.0,), std=(1.0,), increment_std=(1.0,), gaps=True, band=None),
     "models.poles_of": dict(model=model, variables=variables),
     "models.on_grid": dict(model=model.clone(space=space.Conv(), width=4), grid=8),
     "plots.animate_rollout": dict(
@@ -174,12 +175,14 @@ VALID = {
     "recipes.conv_scan": dict(
         d_model=8, d_vars=1, width=4, n_layers=2, kernel=3, modes=2, boundary="reflect", mean=True,
     ),
-    "recipes.conv_spectral": dict(d_model=(4, 4), d_vars=1, width=4, n_layers=2, kernel=3, modes=1, boundary="reflect"),
+    "recipes.conv_spectral": dict(
+        d_model=(4, 4), d_vars=1, width=4, n_layers=2, kernel=3, modes=1, boundary="reflect", depthwise=False, gain=2.0
+    ),
     "recipes.dense_s5": dict(
         d_model=8, d_vars=1, width=4, d_hidden=8, n_layers=2, blocks=2, dt_min=0.1, dt_max=1.0
     ),
     "recipes.fno": dict(d_model=(4, 4), d_vars=1, width=4, n_layers=2, modes=(1, 2), boundary="reflect"),
-    "recipes.residual_conv": dict(d_model=(4, 4, 4), d_vars=1, width=4, n_layers=2, kernel=3, boundary="periodic"),
+    "recipes.residual_conv": dict(d_model=(4, 4, 4), d_vars=1, width=4, n_layers=2, kernel=3, boundary="periodic", gain=2.0),
     "rollout.rollout": dict(
         model=model, variables=variables, history=frames, n_steps=3, return_carry=False, dt=1.0, teacher_forcing=1, segment=2,
         inputs=None,
@@ -208,16 +211,17 @@ VALID = {
     "scan.impulse": dict(x=r(1, P), L=L, reverse=False),
     "scan.linear_scan": dict(Lambda_bar=poles, Bu=z(L, P), x0=z(P), reverse=True, axis=-2, backend="sequential"),
     "scan.scan_in_segments": dict(f=lambda c, x: (c, x), state=r(P), xs=r(L, P), size=2, axis=0, reverse=True),
+    "space.within": dict(h=r(3, 4, 1), band=space.Band((1,), (True,), ("reflect",))),
     "space.Around": dict(parts=(space.Conv(), space.Conv())),
     "space.Chain": dict(parts=(space.Conv(),)),
-    "space.Conv": dict(kernel=(3, 1), features=4, depthwise=False, dilation=2, boundary="zero"),
+    "space.Conv": dict(kernel=(3, 1), features=4, depthwise=False, dilation=2, boundary="zero", gain=2.0),
     "space.Dense": {},
     "space.Map": dict(function=jnp.sin),
     "space.Mean": dict(features=4),
     "space.Scan": dict(modes=2, axes=(0, 1), boundary=("zero", "zero"), ssm=layer, native=(8, 8)),
     "space.Separable": dict(rank=2),
     "space.Space": {},
-    "space.Spectral": dict(modes=(2, 3), features=4, boundary="reflect", depthwise=False),
+    "space.Spectral": dict(modes=(2, 3), features=4, boundary="reflect", depthwise=False, gain=2.0, W_init=jax.nn.initializers.zeros),
     "space.Sum": dict(parts=[space.Space(), space.Conv()]),
     "space.convolve": dict(h=r(5, 4, 2), kernel=r(3, 3, 2, 1), boundary="reflect", dilation=(2, 1)),
     "space.extend": dict(h=r(5, 2), axis=0, n=2, boundary="zero"),
@@ -261,7 +265,7 @@ NO_DOOR = {  # public names that take nothing which could be wrong without a wor
         "s4.DPLRSystem", "space.along", "system.product",
         "scan.binary_operator", "scan.varying_as", "scan.without_axis", "system.Diagonal", "system.DiagonalBank",
         "system.DiagonalSystem", "system.System", "system.Times", "system.times_of", "training.train_step",
-        "hippo.DPLRForm", "metrics.LinearForecast", "data.Normalizer",
+        "hippo.DPLRForm", "metrics.LinearForecast", "data.Normalizer", "space.Band",
         "discretization.common_dtype", "discretization.matched",
         "discretization.scaled", "evaluation.RangeWatch", "evaluation.Scores", "inputs.phases", "inputs.steps_of_day",
         "data.pieces", "fields.Axis", "fields.Fields", "fields.coastlines", "fields.date", "forecasts.where_observed",
@@ -435,3 +439,18 @@ def test_wrong_scales_are_told(scale):
             scales = Normalizer((0.0,), (1.0,), (1.0,))._replace(**{name: scale})
             told(partial(getattr(scales, method), frames), name, scale)
     told(lambda: Normalizer((0.0,), (1.0,), (1.0,)).normalize(frames.astype(int)), "x", "integers")
+
+
+@pytest.mark.parametrize(
+    "name, values",
+    {
+        "waves": [(-1,), (2.5,), ("2",), (1, 1), (), 1, None], "mean": [(1,), (None,), (True, True), (), True],
+        "boundary": [("zero",), ("periodic",) * 2, (), "periodic"],
+    }.items(),
+)  # fmt: skip
+def test_wrong_bands_are_told(name, values):
+    right = space.Band((1,), (True,), ("reflect",))
+    assert Forecaster(model, (0.0,), (1.0,), (1.0,), band=right).band == right
+    for value in values:
+        told(partial(Forecaster, model, (0.0,), (1.0,), (1.0,), band=right._replace(**{name: value})), name, value)
+    told(partial(Forecaster, model, (0.0,), (1.0,), (1.0,), gaps=True, band=right), "band", right)

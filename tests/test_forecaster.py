@@ -10,12 +10,14 @@ import xarray as xr
 
 from ssm_lib import (
     LRU,
+    BatchStackedSSM2DModel,
     BatchStackedSSMModel,
     Forecaster,
     Seasonal,
     WithInputs,
     fit_inputs,
     next_frame_loss,
+    on_grid,
     open_fields,
     rollout,
     rollout_loss,
@@ -23,7 +25,7 @@ from ssm_lib import (
 )
 from ssm_lib.evaluation import Departures, climatology
 from ssm_lib.inputs import season_of
-from ssm_lib.space import Conv
+from ssm_lib.space import Band, Conv
 
 KEY, RNG = jax.random.PRNGKey(0), np.random.default_rng(0)
 B, T, W, C, K = 2, 9, 5, 2, 3
@@ -104,3 +106,27 @@ def test_what_a_season_leaves_to_learn_is_what_its_forecast_gets_wrong():
     variables |= {"fixed": {"model": {"usual": jnp.asarray((usual - 5) / 2, jnp.float32)}}}
     y = model.apply(variables, x)[0, :-1]
     np.testing.assert_allclose((x[0, 1:, :, :1] - y)[per_day:], left[0, 1:] - 0.8 * left[0, :-1], atol=1e-4)
+
+
+def test_a_band_projects_increments_and_is_one_in_every_way_of_running():
+    "Against NumPy's FFT: waves to 1 along a ring of 5 and to 2 along one of 6, without the mean of the first variable."
+    inner = BatchStackedSSM2DModel(partial(LRU, d_hidden=6), d_model=(5, 6), d_vars=C, n_layers=1, space=Conv(3), width=4)
+    free = Forecaster(inner, (1.0, -2.0), (2.0, 0.5), (0.1, 0.2))
+    held = free.clone(band=Band((1, 2), (False, True), ("periodic", "periodic")))
+    x = jnp.asarray(RNG.normal(size=(B, T, 5, 6, C)), jnp.float32)
+    v = jax.jit(free.init)(KEY, x)
+    whole = jax.jit(held.apply)(v, x)
+    k, m = np.abs(np.fft.fftfreq(5, 1 / 5)), np.abs(np.fft.fftfreq(6, 1 / 6))
+    kept = np.repeat(((k[:, None] <= 1) & (m <= 2))[..., None], C, -1)
+    kept[0, 0] = False, True
+    change = np.fft.fftn(np.float64(jax.jit(free.apply)(v, x)) - np.float64(x), axes=(2, 3)) * kept
+    np.testing.assert_allclose(whole, x + np.fft.ifftn(change, axes=(2, 3)).real, atol=1e-5)
+    carry, head = held.apply(v, x[:, :4], method="prefill")
+    np.testing.assert_allclose(head, whole[:, :4], atol=1e-5)
+    np.testing.assert_allclose(held.apply(v, carry, x[:, 4], method="step")[1], whole[:, 4], atol=1e-5)
+    finer = on_grid(free.clone(model=inner.clone(ssm=None, norm="none")), (10, 12))
+    finer = finer.clone(band=held.band)
+    fine = jnp.asarray(RNG.normal(size=(1, 1, 10, 12, C)), jnp.float32)
+    made = np.fft.fftn(finer.apply(jax.jit(finer.init)(KEY, fine), fine) - fine, axes=(2, 3))
+    np.testing.assert_allclose(made[0, 0, 2:9], 0, atol=1e-4)  # the same waves on a finer grid
+    np.testing.assert_allclose(made[0, 0, :, 3:10], 0, atol=1e-4)
