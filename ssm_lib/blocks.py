@@ -19,7 +19,7 @@ from .discretization import matched
 from .space import Space
 
 # %% ../nbs/30_blocks.ipynb #185d68a2
-ACTIVATIONS = ("full_glu", "half_glu1", "half_glu2", "gelu", "none")
+ACTIVATIONS = ("full_glu", "half_glu1", "half_glu2", "gelu", "silu", "none")
 NORMS = ("layer", "batch", "none")
 
 
@@ -46,8 +46,8 @@ class Gate(nn.Module):
         drop = nn.Dropout(self.dropout, broadcast_dims=(axis,), deterministic=not self.training)
         if self.activation == "none":
             return drop(z)
-        a = drop(nn.gelu(z))
-        if self.activation == "gelu":
+        a = drop((nn.silu if self.activation == "silu" else nn.gelu)(z))
+        if self.activation in ("gelu", "silu"):
             return a
         dense = lambda name: nn.Dense(self.d_model, dtype=self.dtype, name=name)
         sigmoid = nn.sigmoid(dense("out2")(a))
@@ -73,7 +73,7 @@ class SequenceLayer(Recurrent):
     dropout : share of features switched off in training
     norm : "layer", "batch" (statistics over everything but features) or "none"
     training : dropout and batch statistics on; off for inference
-    activation : one of "full_glu", "half_glu1", "half_glu2", "gelu", "none"
+    activation : one of "full_glu", "half_glu1", "half_glu2", "gelu", "silu", "none"
     prenorm : norm before the layer; after the residual if False
     axis_name : name of a vmapped axis, if there is one, that batch statistics are shared over
     dtype : of norm and gate, e.g. jnp.bfloat16, as in Flax's layers; the layer has one of its own

@@ -236,7 +236,7 @@ def fit_band(
     x: np.ndarray,  # training trajectories `(M, T, *space, C)`, T at least 2
     boundary="periodic",  # or "reflect", or one for each axis
     *,
-    cut: float = 1e-9,  # share of the energy of the strongest wave, below which one is taken for rounding
+    cut: float = 1e-7,  # share of the energy of the strongest wave, below which one is taken for still
 ) -> Band:
     "Which waves change from frame to frame, measured in float64, a piece at a time."
     x = check_trajectories(x, frames=2)

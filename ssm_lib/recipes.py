@@ -95,7 +95,8 @@ def fno(
     return _stack(d_model, None, space, d_vars=d_vars, width=width, n_layers=n_layers, activation="gelu")
 
 
-@takes(**SIZES, **WAVES, kernel=WINDOW["kernel"], depthwise=Flag(), gain=Number(above=0))
+@takes(**SIZES, **WAVES, kernel=WINDOW["kernel"], depthwise=Flag(), gain=Number(above=0),
+       activation=Choice(("gelu", "silu")))  # fmt: skip
 def conv_spectral(
     d_model,  # shape of the grid
     d_vars: int,  # variables of a frame
@@ -104,6 +105,7 @@ def conv_spectral(
     kernel=3,  # odd size, or one for each axis
     modes=6,  # highest wave number, or one for each axis
     boundary="periodic",  # or "reflect", or one for each axis
+    activation: str = "gelu",  # or "silu"
     depthwise: bool = False,  # each wave of a feature by one number, which begins at zero
     gain: float = 1.0,  # times which parameters are kernels, as in `Conv`
 ):  # a Batch model
@@ -111,7 +113,7 @@ def conv_spectral(
     begin = nn.initializers.zeros if depthwise else None
     far = Spectral(modes, boundary=boundary, depthwise=depthwise, gain=gain, W_init=begin)
     space = _near_and_far(kernel, boundary, far, gain=gain)
-    return _stack(d_model, None, space, d_vars=d_vars, width=width, n_layers=n_layers, activation="gelu")
+    return _stack(d_model, None, space, d_vars=d_vars, width=width, n_layers=n_layers, activation=activation)
 
 # %% ../nbs/32_recipes.ipynb #775a7645
 @dataclass(frozen=True)

@@ -176,7 +176,8 @@ VALID = {
         d_model=8, d_vars=1, width=4, n_layers=2, kernel=3, modes=2, boundary="reflect", mean=True,
     ),
     "recipes.conv_spectral": dict(
-        d_model=(4, 4), d_vars=1, width=4, n_layers=2, kernel=3, modes=1, boundary="reflect", depthwise=False, gain=2.0
+        d_model=(4, 4), d_vars=1, width=4, n_layers=2, kernel=3, modes=1, boundary="reflect", depthwise=False, gain=2.0,
+        activation="silu",
     ),
     "recipes.dense_s5": dict(
         d_model=8, d_vars=1, width=4, d_hidden=8, n_layers=2, blocks=2, dt_min=0.1, dt_max=1.0

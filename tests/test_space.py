@@ -69,7 +69,7 @@ RECIPES = {
     "conv_s5": recipes.conv_s5((6, 5), 2, width=4, d_hidden=3, n_layers=1),
     "conv_scan": recipes.conv_scan((6, 5), 2, width=4, n_layers=1, mean=True),
     "conv_spectral": recipes.conv_spectral((6, 5), 2, width=4, n_layers=1, modes=1),
-    "conv_filters": recipes.conv_spectral((6, 5), 2, width=4, n_layers=1, modes=1, depthwise=True, gain=4.0),
+    "conv_filters": recipes.conv_spectral((6, 5), 2, width=4, n_layers=1, modes=1, depthwise=True, gain=4.0, activation="silu"),
     "dense_s5": recipes.dense_s5((6, 5), 2, d_hidden=8, n_layers=1, blocks=2),
     "fno": recipes.fno((6, 5), 2, width=4, n_layers=1, modes=1),
     "residual_conv": recipes.residual_conv((6, 5), 2, width=4, n_layers=1),

@@ -1,0 +1,65 @@
+"""The scores: every protocol runs, in its short mode, and goes on from where it was stopped."""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import apebench
+import kept
+
+CONTENDERS = "ssm_lib", "Res, increments in the band", "Conv", "ssm_lib, averaged weights"
+
+
+def test_apebench_in_short_and_again(tmp_path, capsys):
+    quick = ["--quick", "--cases", "burgers", "--out", str(tmp_path), "--nets"]
+    apebench.main([*quick, *CONTENDERS[:2]])
+    first = json.loads((tmp_path / "apebench_burgers.json").read_text())
+    apebench.main([*quick, *CONTENDERS])
+    both = json.loads((tmp_path / "apebench_burgers.json").read_text())
+    assert list(both) == [*CONTENDERS[:3]] and {kind: both[kind] for kind in first} == first  # what was done is not done again
+    (run,) = json.loads((tmp_path / "apebench_burgers_otherwise.json").read_text())[CONTENDERS[3]].values()
+    assert run["config"]["average"] == 0.999 and run["config"]["updates"] == 10 and run["seconds"] > 0 and run["jax"]
+    assert all(np.isfinite(run["0"]["score"]) and 0 < run["0"]["score"] < 10 for run in both.values())
+    told = capsys.readouterr().out
+    assert all(f"| {name} |" in told for name in (*CONTENDERS, "Dil, published"))
+
+
+def test_a_run_that_fails_keeps_what_was_done(tmp_path):
+    file = tmp_path / "a.json"
+
+    def run(kind, seed):
+        if (kind, seed) == ("b", 1):
+            raise KeyboardInterrupt
+        return {"score": seed}
+
+    with pytest.raises(KeyboardInterrupt):
+        kept.run_missing(file, ["a", "b"], 3, run)
+    assert {kind: [r["score"] for r in runs] for kind, runs in kept.in_order(kept.read(file)).items()} == {"a": [0, 1], "b": [0]}
+
+
+def test_nets_of_others_are_what_they_are_there():
+    "A net of pdequinox within the contract, against itself with its channels first."
+    case = apebench.CASES["burgers"]
+    model, u = apebench.res(case), jax.random.normal(jax.random.PRNGKey(0), (2, 3, 160, 1))
+    variables = model.init(jax.random.PRNGKey(1), u)
+    net = model.make(jax.random.PRNGKey(2))
+    given = {"params": {"net": apebench.arrays_of(net)[0]}}
+    want = jax.vmap(jax.vmap(net))(jnp.swapaxes(u, -1, -2))
+    np.testing.assert_allclose(model.apply(given, u), jnp.swapaxes(want, -1, -2), atol=1e-5)
+    assert sum(p.size for p in jax.tree.leaves(variables)) == 32_943  # as published
+
+
+def test_every_contender_keeps_to_the_budget():
+    for case in apebench.CASES.values():
+        train = apebench.trajectories(case._replace(warmup=0), 1, 3, seed=0)
+        for name, make in apebench.NETS.items():
+            model = make(case, train)
+            shapes = jax.eval_shape(model.init, jax.random.PRNGKey(0), train[:, :1])["params"]
+            parameters = sum(p.size for p in jax.tree.leaves(shapes))
+            assert 0.85 * apebench.BUDGET < parameters <= apebench.BUDGET, (case.title, name, parameters)
