@@ -107,11 +107,11 @@ def conv_spectral(
     boundary="periodic",  # or "reflect", or one for each axis
     activation: str = "gelu",  # or "silu"
     depthwise: bool = False,  # each wave of a feature by one number, which begins at zero
-    gain: float = 1.0,  # times which parameters are kernels, as in `Conv`
+    gain: float = 1.0,  # times which parameters are kernels, as in `Conv`; not those of waves
 ):  # a Batch model
     "Convolutions with learned maps of the lowest waves added, from one frame to the next."
     begin = nn.initializers.zeros if depthwise else None
-    far = Spectral(modes, boundary=boundary, depthwise=depthwise, gain=gain, W_init=begin)
+    far = Spectral(modes, boundary=boundary, depthwise=depthwise, W_init=begin)
     space = _near_and_far(kernel, boundary, far, gain=gain)
     return _stack(d_model, None, space, d_vars=d_vars, width=width, n_layers=n_layers, activation=activation)
 

@@ -260,11 +260,6 @@ def _features_out(space, width):
     return width if space.features is None else space.features
 
 
-def _smaller(init, gain):
-    "An initialiser of parameters that are to be multiplied by a gain."
-    return lambda *args: init(*args) / gain
-
-
 class Conv(Space):
     """Every place from its neighbours.
 
@@ -297,7 +292,8 @@ class Conv(Space):
     def mix(self, h):
         sizes, C = per_axis("kernel", self.kernel, len(self.grid)), h.shape[-1]
         shape = (*sizes, 1 if self.depthwise else C, self.out(C))
-        kernel = self.gain * self.param("kernel", _smaller(nn.initializers.lecun_normal(), self.gain), shape)
+        init = lambda *args: nn.initializers.lecun_normal()(*args) / self.gain
+        kernel = self.gain * self.param("kernel", init, shape)
         bias = self.param("bias", nn.initializers.zeros, shape[-1:])
         h, kernel, bias = promote_dtype(h, kernel, bias, dtype=self.dtype)
         return convolve(h, kernel, self.boundary, self.dilation) + bias
@@ -407,7 +403,6 @@ class Spectral(Space):
     features : how many come out; as many as go in by default
     boundary : "periodic" (Fourier) or "reflect" (cosine), or one for each axis
     depthwise : feature by feature
-    gain : times which the parameter is W
     W_init : what W begins as, e.g. `nn.initializers.zeros`; normal by default, so that the size of features stays
     """
 
@@ -415,12 +410,11 @@ class Spectral(Space):
     features: int | None = None
     boundary: str | tuple = "periodic"
     depthwise: bool = False
-    gain: float = 1.0
     W_init: Callable | None = None
 
     kinds = {
         "modes": Each(Size(0)), "features": Maybe(Size()), "boundary": Each(Choice(("periodic", "reflect"))),
-        "depthwise": Flag(), "gain": Number(above=0), "W_init": Maybe(Function("nn.initializers.zeros")),
+        "depthwise": Flag(), "W_init": Maybe(Function("nn.initializers.zeros")),
     }
 
     def out(self, width):
@@ -433,8 +427,8 @@ class Spectral(Space):
         rings = [i for i in range(n) if boundary[i] == "periodic"]
         numbers = [2 * m + 1 if i in rings[:-1] else m + 1 for i, m in enumerate(modes)]
         read = 1 if self.depthwise else C
-        init = _smaller(self.W_init or nn.initializers.normal(1 / math.sqrt(read * (2 if rings else 1))), self.gain)
-        W = self.gain * self.param("W", init, (*numbers, read, self.out(C), *([2] if rings else [])))
+        init = self.W_init or nn.initializers.normal(1 / math.sqrt(read * (2 if rings else 1)))
+        W = self.param("W", init, (*numbers, read, self.out(C), *([2] if rings else [])))
         W = to_complex(W) if rings else W
         bias = self.param("bias", nn.initializers.zeros, (self.out(C),))
         wide = h.astype(common_dtype(h.dtype, jnp.float32))

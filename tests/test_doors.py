@@ -222,7 +222,7 @@ VALID = {
     "space.Scan": dict(modes=2, axes=(0, 1), boundary=("zero", "zero"), ssm=layer, native=(8, 8)),
     "space.Separable": dict(rank=2),
     "space.Space": {},
-    "space.Spectral": dict(modes=(2, 3), features=4, boundary="reflect", depthwise=False, gain=2.0, W_init=jax.nn.initializers.zeros),
+    "space.Spectral": dict(modes=(2, 3), features=4, boundary="reflect", depthwise=False, W_init=jax.nn.initializers.zeros),
     "space.Sum": dict(parts=[space.Space(), space.Conv()]),
     "space.convolve": dict(h=r(5, 4, 2), kernel=r(3, 3, 2, 1), boundary="reflect", dilation=(2, 1)),
     "space.extend": dict(h=r(5, 2), axis=0, n=2, boundary="zero"),
