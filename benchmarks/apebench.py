@@ -231,7 +231,9 @@ def digits(value):
 
 
 def spread(values):
-    "Median and quartiles."
+    "Median and quartiles; of one, itself."
+    if len(values) == 1:
+        return digits(values[0])
     low, middle, high = np.percentile(values, (25, 50, 75))
     return f"{digits(middle)} [{digits(low)}, {digits(high)}]" if middle < 10 else "blows up"
 
