@@ -97,7 +97,8 @@ def _increments(forecaster, x, inputs, carry, times):
     x, mean, std, scale = matched(x, *scales)
     z = jnp.concatenate([(x - mean) / std, inputs.astype(x.dtype)], -1)
     carry, y = forecaster.model.stretch(z, carry, times)
-    return carry, x + scale * (y if forecaster.band is None else within(y, forecaster.band))
+    change = scale * y
+    return carry, x + (change if forecaster.band is None else within(change, forecaster.band))
 
 
 def _observed(forecaster):

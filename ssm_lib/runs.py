@@ -91,7 +91,7 @@ def locked(
             ) from None
         yield
 
-
+# %% ../nbs/38_runs.ipynb #38000903
 def _first_difference(a, b, at=""):
     "Where two trees of JSON differ, and how."
     if isinstance(a, dict) and isinstance(b, dict):
