@@ -215,8 +215,7 @@ def _on_a_cpu(x, kernel, dilation):
 def _on_a_cpu_jvp(dilation, primals, tangents):
     (x, kernel), (dx, dkernel) = primals, tangents
     turned = jnp.swapaxes(kernel, -1, -2)  # so that the transpose of this convolution has its kernel as XLA wants it
-    other = _in_pieces if x.size * math.prod(kernel.shape[:-2]) > WINDOWS else _windowed
-    by_kernel = partial(other, x, dilation=dilation)
+    by_kernel = partial(_in_pieces, x, dilation=dilation)
     _, dy = jax.jvp(by_kernel, (kernel,), (dkernel,))  # linear, but JAX 0.6 transposes only loops that it derived
     return _on_a_cpu(x, kernel, dilation), _windowed(dx, turned, dilation, "OI") + dy
 
