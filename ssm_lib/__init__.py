@@ -58,6 +58,7 @@ from ssm_lib.system import DiagonalBank, DiagonalSystem, System
 from ssm_lib.training import (
     DivergedError,
     fit,
+    free_runs_loss,
     load_checkpoint,
     make_optimizer,
     next_frame_loss,

@@ -78,6 +78,7 @@ class SequenceLayer(Recurrent):
     axis_name : name of a vmapped axis, if there is one, that batch statistics are shared over
     dtype : of norm and gate, e.g. jnp.bfloat16, as in Flax's layers; the layer has one of its own
     space : how the places of a frame meet before the layer, with its sizes, by its `at`; None: they do not
+    rezero : add the layer's answer to what it reads, times a gate for each feature that begins at zero (`memory`)
 
     Around an initial-condition layer (`n_steps`), the residual too sees only frame 0: the block acts on
     the impulse [x_0, 0, 0, …].
@@ -93,11 +94,12 @@ class SequenceLayer(Recurrent):
     axis_name: str | None = None
     dtype: Any = None
     space: Space | None = None
+    rezero: bool = False
 
     kinds = {
         "ssm": Maybe(Function("partial(S5SSM, d_hidden=64)")), "d_model": Size(), "dropout": Number(0, below=1),
         "norm": Choice(NORMS), "activation": Choice(ACTIVATIONS), "training": Flag(), "prenorm": Flag(),
-        "dtype": Maybe(FloatType()), "space": Maybe(Made(Space, "Conv(3)")),
+        "dtype": Maybe(FloatType()), "space": Maybe(Made(Space, "Conv(3)")), "rezero": Flag(),
     }
     frame = property(lambda self: (self.d_model,))
     response_steps = property(lambda self: self.seq and self.seq.response_steps)
@@ -113,6 +115,7 @@ class SequenceLayer(Recurrent):
             raise ValueError("space has no grid; expected its sizes, e.g. Conv(3).at((64, 64), d_model).")
         within = self.space.out(self.d_model) if self.space else self.d_model
         self.seq = self.ssm(d_model=within) if self.ssm else None
+        self.memory = self.param("memory", nn.initializers.zeros, (within,)) if self.ssm and self.rezero else None
         share = dict(use_running_average=not self.training, axis_name=self.axis_name)
         norms = {"layer": nn.LayerNorm, "batch": partial(nn.BatchNorm, **share), "none": lambda dtype: lambda x: x}
         self.normalize = norms[self.norm](dtype=self.dtype)
@@ -122,7 +125,9 @@ class SequenceLayer(Recurrent):
         x = times.see(x)
         z = (self.normalize(x) if self.prenorm else x).astype(x.dtype)
         z = _of_shape(self.space.mix(z), (*x.shape[:-1], self.gate.d_model)).astype(x.dtype) if self.space else z
+        read = z
         carry, z = self.seq.stretch(z, carry, times) if self.seq else ((), z)
+        z = z if self.memory is None else read + self.memory.astype(z.dtype) * z
         z = self.gate(z, times.axis)
         z = _of_shape(self.space.settle(z), x.shape) if self.space else z
         y = x + z.astype(x.dtype)

@@ -43,6 +43,15 @@ def _in_segments(model, x, carry, times):
     carry, y = scan_in_segments(run, carry, (x, cut), model.segment, axis=axis)
     return (None if times.keep == "none" else carry), y
 
+
+def _for_blocks(carry, n):
+    "What each of n blocks carries."
+    if carry is None:
+        return [None] * n
+    if not isinstance(carry, tuple | list) or len(carry) != n:
+        raise ValueError(f"carry is {shown(carry)}; expected a tuple of {n}, one for each block.")
+    return carry
+
 # %% ../nbs/31_models.ipynb #9bb96b6b
 class StackedSSM(Recurrent):
     """A stack of state-space blocks on a line: x (…, T, W, C) → (…, T, W, C), one frame ahead.
@@ -55,7 +64,7 @@ class StackedSSM(Recurrent):
     n_layers : number of blocks
     ssm_first_layer : factory of the first layer, if another; with `n_steps` it makes an initial-condition model
     n_steps : makes an initial-condition model that returns so many frames
-    dropout, training, norm, activation, prenorm : see `SequenceLayer`
+    dropout, training, norm, activation, prenorm, rezero : see `SequenceLayer`
     dtype : of space, norms and gates, e.g. jnp.bfloat16; layers have their own: `partial(S5SSM, dtype=…)`
     space : how the places of a frame meet, e.g. `space.Conv(3)`; None is `space.Dense()`, one state a frame
     width : features a place; of a whole frame in a dense space, W·C by default
@@ -79,6 +88,7 @@ class StackedSSM(Recurrent):
     width: int | None = None
     segment: int | None = None
     d_inputs: int = 0
+    rezero: bool = False
 
     kinds = {
         **{name: kind for name, kind in SequenceLayer.kinds.items() if name != "d_model"},  # that is the grid here
@@ -121,9 +131,7 @@ class StackedSSM(Recurrent):
         if times.dt is not None and not self.has_memory:
             raise ValueError("dt is given, but ssm is None; expected none, as a model without memory has no clock.")
         h, times, carries = self.mixing.lift(times.see(x)), self.mixing.times(times), []
-        if carry is not None and (not isinstance(carry, tuple | list) or len(carry) != self.n_layers):
-            raise ValueError(f"carry is {shown(carry)}; expected a tuple of {self.n_layers}, one for each block.")
-        for block, c in zip(self.blocks, carry or [None] * self.n_layers):
+        for block, c in zip(self.blocks, _for_blocks(carry, self.n_layers)):
             c, h = block.stretch(h, c, times)
             carries.append(c)
             times = replace(times, seen=None)  # the first block alone is an initial-condition block

@@ -177,13 +177,15 @@ def test_a_step_is_two_halves(name):
 
 BLOCKS = [(activation, "layer", True) for activation in ACTIVATIONS]  # each gate, and each place of each norm
 BLOCKS += [("half_glu1", norm, prenorm) for norm in NORMS for prenorm in (True, False) if (norm, prenorm) != ("layer", True)]
+BLOCKS = [(*block, False) for block in BLOCKS] + [("gelu", "none", True, True)]  # and with gates of memory
 
 
-@pytest.mark.parametrize("activation, norm, prenorm", BLOCKS)
-def test_block(activation, norm, prenorm):
+@pytest.mark.parametrize("activation, norm, prenorm, rezero", BLOCKS)
+def test_block(activation, norm, prenorm, rezero):
     "Whole = pieces = steps around every gate and norm, from the zero state and from another."
-    block, u = SequenceLayer(SMALL, 5, activation=activation, norm=norm, prenorm=prenorm, training=False), noise(40, 5)
+    block, u = SequenceLayer(SMALL, 5, 0.0, norm, False, activation, prenorm, rezero=rezero), noise(40, 5)
     v = jax.jit(block.init)(KEY, u)
+    v = jax.tree.map(lambda p: p + 0.3, v) if rezero else v  # gates open
 
     @jax.jit
     def ways(v, u):

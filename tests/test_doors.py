@@ -35,6 +35,7 @@ z = lambda *shape: (np.ones(shape) + 0.5j).astype(np.complex64)
 r = lambda *shape: np.linspace(0.1, 1, int(np.prod(shape)), dtype=np.float32).reshape(shape)
 layer = partial(S5SSM, d_hidden=8, blocks=1)
 model = BatchStackedSSMModel(layer, d_model=4, d_vars=1, n_layers=2, training=False)
+fills = Forecaster(model, (0.0,), (1.0,), (1.0,), gaps=True)
 frames = r(2, 5, 4, 1)
 variables = jax.jit(model.init)(KEY, frames)
 FOLDER = Path(tempfile.mkdtemp())
@@ -51,7 +52,7 @@ TRAINED = ssm_lib.train_run(FOLDER / "trained", CONFIG, fields=FIELDS)
 VALID = {
     "blocks.SequenceLayer": dict(
         ssm=layer, d_model=H, dropout=0.1, norm="layer", activation="gelu", training=False, prenorm=True, dtype=jnp.bfloat16,
-        space=space.Conv().at((4,), H),
+        space=space.Conv().at((4,), H), rezero=True,
     ),
     "checks.check_even": dict(size=2),
     "contract.inference": dict(module=model),
@@ -247,6 +248,9 @@ VALID = {
     "training.save_checkpoint": dict(path=FOLDER / "y.msgpack", variables=variables),
     "training.make_optimizer": dict(
         model=model, learning_rate=1e-3, steps=10, ssm_learning_rate=1e-3, weight_decay=0.1, warmup=0.1, clip=1.0, accumulate=2
+    ),
+    "training.free_runs_loss": dict(
+        model=fills, variables=fills.init(KEY, frames), x=frames, key=KEY, scale=1.0, longest=2, history=2
     ),
     "training.next_frame_loss": dict(model=model, variables=variables, x=frames, key=KEY, scale=1.0, noise=0.1),
     "training.rollout_loss": dict(model=model, variables=variables, x=frames, key=KEY, scale=1.0, history=2, noise=0.1, pushforward=True),

@@ -16,6 +16,7 @@ from ssm_lib import (
     Seasonal,
     WithInputs,
     fit_inputs,
+    free_runs_loss,
     next_frame_loss,
     on_grid,
     open_fields,
@@ -79,6 +80,19 @@ def test_a_rollout_and_its_stream_take_inputs_of_the_past_and_the_future():
 def test_wrong_inputs_are_told(inputs):
     with pytest.raises(ValueError, match=r"^inputs .*expected"):
         rollout(MODEL, VARIABLES, X[:, :4], 6, inputs=inputs)
+
+
+def test_free_runs_leave_gaps_out_and_weigh_leads():
+    "Nothing is compared with a gap, the slope is finite, and a unit for each lead is that of its lead."
+    loss = lambda p, **options: free_runs_loss(MODEL, VARIABLES | {"params": p}, BOTH, KEY, **options)
+    value, slope = jax.jit(jax.value_and_grad(loss))(VARIABLES["params"])
+    assert bool(jnp.isfinite(value)) and all(bool(jnp.isfinite(g).all()) and bool(jnp.any(g != 0)) for g in jax.tree.leaves(slope))
+    halves, first = np.full((T - 1, C), 0.5), np.ones((T - 1, C)) * np.where(np.arange(T - 1) < 1, 1, 1e9)[:, None]
+    np.testing.assert_allclose(loss(VARIABLES["params"], scale=halves), 4 * value, rtol=1e-5)
+    alone = loss(VARIABLES["params"], scale=first)  # first steps alone
+    assert 0.05 * value < alone < 0.95 * value
+    with pytest.raises(ValueError, match="gaps=True"):
+        free_runs_loss(MODEL.clone(gaps=False), VARIABLES, BOTH, KEY)
 
 
 @pytest.mark.parametrize("loss", (next_frame_loss, partial(rollout_loss, history=3)))
