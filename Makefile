@@ -59,6 +59,8 @@ bench: install $(VENV)/.installed-bench  ## measure speed and memory; tables in 
 
 scores: install $(VENV)/.installed-bench  ## what is missing of the scores on public protocols; hours, can be stopped at any time
 	$(BIN)/python benchmarks/apebench.py
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/timescales.py
 
 lint: install  ## check the style of notebooks and scripts
 	$(BIN)/ruff check nbs tests tools setup.py $(wildcard benchmarks)

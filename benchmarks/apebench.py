@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from kept import in_order, read, run_missing
+from kept import digits, in_order, read, run_missing, spread
 from speed import table
 
 from ssm_lib import Forecaster, Recurrent, fit, fit_band, fit_normalizer, next_frame_loss, nrmse, rollout, window_batches
@@ -223,18 +223,6 @@ def one_run(case, trainings, train, test, updates, kind, seed):
     last = float(f"{losses[-updates // 20 - 1 :].mean():.4g}")
     config = training._asdict() | {"parameters": parameters, "updates": updates, "batch": BATCH}
     return {"config": config, "loss": last} | score(model, variables, test)
-
-
-def digits(value):
-    return f"{value:.4f}" if value < 0.1 else f"{value:.3f}" if value < 10 else "blows up"
-
-
-def spread(values):
-    "Median and quartiles; of one, itself."
-    if len(values) == 1:
-        return digits(values[0])
-    low, middle, high = np.percentile(values, (25, 50, 75))
-    return f"{digits(middle)} [{digits(low)}, {digits(high)}]" if middle < 10 else "blows up"
 
 
 def gathered(folder, ending=""):

@@ -1,8 +1,10 @@
-"""Runs that are kept in a file of JSON, each as soon as it is done, so that a benchmark can be stopped and goes on."""
+"""Runs that are kept in a file of JSON, each as soon as it is done, so that a benchmark can be stopped and goes on; their spread."""
 
 import json
 import time
 from importlib.metadata import version
+
+import numpy as np
 
 
 def read(file):
@@ -31,6 +33,18 @@ def run_missing(file, kinds, seeds, run):
             partial_file.write_text(as_json(done) + "\n", encoding="utf-8")
             partial_file.replace(file)
             print(f"{file.stem}, {kind}, seed {seed}: {result}", flush=True)
+
+
+def digits(value):
+    return f"{value:.4f}" if value < 0.1 else f"{value:.3f}" if value < 10 else "blows up"
+
+
+def spread(values):
+    "Median and quartiles; of one, itself."
+    if len(values) == 1:
+        return digits(values[0])
+    low, middle, high = np.percentile(values, (25, 50, 75))
+    return f"{digits(middle)} [{digits(low)}, {digits(high)}]" if middle < 10 else "blows up"
 
 
 def as_json(done):

@@ -8,10 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.linalg
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import apebench
 import kept
+import memory
+import timescales
 
 CONTENDERS = "ssm_lib", "Res, increments in the band", "Conv", "ssm_lib, averaged weights"
 
@@ -28,6 +31,34 @@ def test_apebench_in_short_and_again(tmp_path, capsys):
     assert all(np.isfinite(run["0"]["score"]) and 0 < run["0"]["score"] < 10 for run in both.values())
     told = capsys.readouterr().out
     assert all(f"| {name} |" in told for name in (*CONTENDERS, "Dil, published"))
+
+
+def test_memory_in_short(tmp_path, capsys):
+    kinds = "memory", "no memory, one step"
+    memory.main(["--quick", "--viscosities", "0.1", "--points", "32", "--out", str(tmp_path), "--nets", *kinds])
+    runs = json.loads((tmp_path / "memory_0.1_32.json").read_text())
+    with_memory, without = (runs[kind]["0"] for kind in kinds)
+    assert all(np.isfinite(run[name]) for run in (with_memory, without) for name in ("five", "one", "step"))
+    assert without["five"] == without["one"] and with_memory["five"] != with_memory["one"]
+    assert abs(with_memory["config"]["parameters"] / without["config"]["parameters"] - 1) < 0.01
+    told = capsys.readouterr().out
+    assert all(f"| 32 | {kind}, 1 |" in told for kind in kinds)
+
+
+def test_timescales_in_short(tmp_path, capsys):
+    timescales.main(["--quick", "--out", str(tmp_path), "--nets", "S5", "GRU, dt beside"])
+    runs = json.loads((tmp_path / "timescales.json").read_text())
+    assert all(score["ratio"] > 0.99 for run in runs.values() for score in run["0"]["scores"].values())  # Kalman's is the best
+    assert "| S5, 1 |" in capsys.readouterr().out
+
+
+def test_the_best_estimate_is_the_stationary_one():
+    "Kalman's error, of many short intervals, is that of Kalman and Bucy's equation."
+    P = scipy.linalg.solve_continuous_are(timescales.A.T, timescales.SUM[:, None], timescales.DRIVE, [[timescales.NOISE]])
+    intervals = np.full(2000, 0.02)
+    seen, truth = timescales.records(intervals, 300, seed=0)
+    made = timescales.kalman(seen, intervals, np.ones(2000, bool))
+    np.testing.assert_allclose(np.mean((made - truth)[:, 640:] ** 2), P[0, 0], rtol=0.05)
 
 
 def test_a_run_that_fails_keeps_what_was_done(tmp_path):
