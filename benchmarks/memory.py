@@ -25,7 +25,7 @@ import optax
 from kept import in_order, read, run_missing, spread
 from speed import table
 
-from ssm_lib import LRU, Forecaster, fit, fit_normalizer, free_runs_loss, next_frame_loss, nrmse, rollout, window_batches
+from ssm_lib import Forecaster, fit, fit_normalizer, free_runs_loss, next_frame_loss, nrmse, rollout, window_batches
 from ssm_lib.recipes import residual_conv
 
 FRAMES, KNOWN, BATCH, UPDATES, RATE = 26, 5, 8, 5000, 6e-3
@@ -67,7 +67,7 @@ def net(points, contender):
     "Residual convolutions; with a memory at each place narrower, so that parameters are as many."
     if not contender.memory:
         return residual_conv(points, 1, width=29, n_layers=4)
-    return residual_conv(points, 1, width=24, n_layers=4).clone(ssm=partial(LRU, d_hidden=16), rezero=contender.rezero)
+    return residual_conv(points, 1, width=24, n_layers=4, memory=16).clone(rezero=contender.rezero)
 
 
 def by_lead(x):

@@ -18,6 +18,7 @@ from .checks import Choice, Each, Flag, Maybe, Number, Size, check_even, check_s
 from .contract import SSMLayer
 from .discretization import matched, scaled, zoh
 from .hippo import dplr
+from .lru import LRU
 from .models import BatchStackedSSM2DModel, BatchStackedSSM3DModel, BatchStackedSSMModel
 from .s5 import S5SSM, init_log_steps
 from .space import BOUNDARIES, Around, Chain, Conv, Dense, Map, Mean, Scan, Space, Spectral, Sum
@@ -39,7 +40,7 @@ SIZES = {"d_model": Each(Size()), "d_vars": Size(), "width": Size(), "n_layers":
 WINDOW = {"kernel": Each(Size()), "boundary": Each(Choice(BOUNDARIES))}
 
 # %% ../nbs/32_recipes.ipynb #6cfc648f
-@takes(**SIZES, **WINDOW, gain=Number(above=0))
+@takes(**SIZES, **WINDOW, gain=Number(above=0), memory=Size(0))
 def residual_conv(
     d_model,  # shape of the grid, W, (H, W) or (D, H, W)
     d_vars: int,  # variables of a frame
@@ -48,12 +49,12 @@ def residual_conv(
     kernel=3,  # odd size, or one for each axis
     boundary="periodic",  # or "zero", "reflect", "replicate", or one for each axis
     gain: float = 1.0,  # times which parameters are kernels, as in `Conv`
+    memory: int = 0,  # poles of an LRU at each place of each block, added through a gate that begins at zero
 ):  # a Batch model
-    "A residual convolutional net from one frame to the next."
-    conv = partial(Conv, kernel=kernel, boundary=boundary, gain=gain)
-    return _stack(
-        d_model, None, Around((conv(), conv())), d_vars=d_vars, width=width, n_layers=n_layers, activation="gelu"
-    )
+    "A residual convolutional net from one frame to the next, or from all frames so far."
+    conv, ssm = partial(Conv, kernel=kernel, boundary=boundary, gain=gain), partial(LRU, d_hidden=memory)
+    sizes = dict(d_vars=d_vars, width=width, n_layers=n_layers, activation="gelu", rezero=memory > 0)
+    return _stack(d_model, ssm if memory else None, Around((conv(), conv())), **sizes)
 
 # %% ../nbs/32_recipes.ipynb #23e57994
 def _near_and_far(kernel, boundary, *far, gain=1.0):

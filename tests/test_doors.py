@@ -184,7 +184,7 @@ VALID = {
         d_model=8, d_vars=1, width=4, d_hidden=8, n_layers=2, blocks=2, dt_min=0.1, dt_max=1.0
     ),
     "recipes.fno": dict(d_model=(4, 4), d_vars=1, width=4, n_layers=2, modes=(1, 2), boundary="reflect"),
-    "recipes.residual_conv": dict(d_model=(4, 4, 4), d_vars=1, width=4, n_layers=2, kernel=3, boundary="periodic", gain=2.0),
+    "recipes.residual_conv": dict(d_model=(4, 4, 4), d_vars=1, width=4, n_layers=2, kernel=3, boundary="periodic", gain=2.0, memory=4),
     "rollout.rollout": dict(
         model=model, variables=variables, history=frames, n_steps=3, return_carry=False, dt=1.0, teacher_forcing=1, segment=2,
         inputs=None,

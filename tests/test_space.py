@@ -62,7 +62,9 @@ def one_step(sized, **times):
 
 def made(model, B=2, T=6, seed=0):
     x = noise(B, T, *model.grid, 2, seed=seed)
-    return jax.jit(model.init)(KEY, x[:1, :1]), x
+    variables = jax.jit(model.init)(KEY, x[:1, :1])
+    is_gate = lambda path: getattr(path[-1], "key", None) == "memory"  # closed to begin with: open, it shows what is behind
+    return jax.tree_util.tree_map_with_path(lambda path, p: p + 0.5 if is_gate(path) else p, variables), x
 
 
 RECIPES = {
@@ -73,6 +75,7 @@ RECIPES = {
     "dense_s5": recipes.dense_s5((6, 5), 2, d_hidden=8, n_layers=1, blocks=2),
     "fno": recipes.fno((6, 5), 2, width=4, n_layers=1, modes=1),
     "residual_conv": recipes.residual_conv((6, 5), 2, width=4, n_layers=1),
+    "residual_conv with memory": recipes.residual_conv((6, 5), 2, width=4, n_layers=1, memory=4),
 }
 
 
