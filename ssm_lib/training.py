@@ -28,7 +28,7 @@ from flax import serialization
 from jax.tree_util import keystr, tree_leaves_with_path
 
 from .checks import Array, FilePath, Flag, Function, Made, Maybe, Number, Size, shown, takes
-from .contract import Recurrent
+from .contract import Recurrent, inference
 from .rollout import check_model, rollout
 from .runs import Moment, Run, digest
 
@@ -110,12 +110,14 @@ def _free_runs(key, batch, T, history, longest):
     return seen, t - jax.lax.cummax(jnp.where(seen, t, 0), axis=1)
 
 
-@takes(x=Array("(B, T, *space, C)"), scale=Array("(…)", "reals", low=0), longest=Size(), history=Size())
+@takes(
+    model=check_model, x=Array("(B, T, *space, C)"), scale=Array("(…)", "reals", low=0), longest=Size(), history=Size()
+)
 def free_runs_loss(
     model,  # a Forecaster with gaps=True: it goes on from its own prediction where a frame is hidden
     variables,  # its variables
     x: jax.Array,  # (B, T, *space, C) windows
-    key: jax.Array,  # random key, for what is hidden
+    key: jax.Array,  # random key, for what is hidden; without dropout, as in a rollout
     scale: float = 1.0,  # unit of the error; or (T − 1, C), one for each lead
     longest: int = 16,  # most frames hidden at a stretch
     history: int = 8,  # most frames seen before such a stretch
@@ -130,7 +132,7 @@ def free_runs_loss(
     frames, inputs = _frames(model, x)
     seen, since = _free_runs(key, x.shape[0], x.shape[1] - 1, history, longest)
     hidden = jnp.where(seen.reshape(*seen.shape, *(1,) * (x.ndim - 2)), frames[:, :-1], jnp.nan)
-    y = model.apply(variables, jnp.concatenate([hidden, inputs[:, :-1]], -1))
+    y = inference(model).apply(variables, jnp.concatenate([hidden, inputs[:, :-1]], -1))
     if jnp.ndim(scale):
         scale = jnp.asarray(scale)[since].reshape(*since.shape, *(1,) * (x.ndim - 3), -1)
     return _mean_square((y - frames[:, 1:]) / scale, model)

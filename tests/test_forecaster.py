@@ -84,7 +84,7 @@ def test_wrong_inputs_are_told(inputs):
 
 def test_free_runs_leave_gaps_out_and_weigh_leads():
     "Nothing is compared with a gap, the slope is finite, and a unit for each lead is that of its lead."
-    loss = lambda p, **options: free_runs_loss(MODEL, VARIABLES | {"params": p}, BOTH, KEY, **options)
+    loss = lambda p, **options: free_runs_loss(MODEL.clone(model=INNER.clone(dropout=0.5)), VARIABLES | {"params": p}, BOTH, KEY, **options)
     value, slope = jax.jit(jax.value_and_grad(loss))(VARIABLES["params"])
     assert bool(jnp.isfinite(value)) and all(bool(jnp.isfinite(g).all()) and bool(jnp.any(g != 0)) for g in jax.tree.leaves(slope))
     halves, first = np.full((T - 1, C), 0.5), np.ones((T - 1, C)) * np.where(np.arange(T - 1) < 1, 1, 1e9)[:, None]
