@@ -51,7 +51,6 @@ class Contender(NamedTuple):
     memory: bool
     rezero: bool = True
     free_runs: bool = True
-    rate: float = RATE
 
 
 NETS = {
@@ -97,13 +96,14 @@ def one_run(points, train, test, updates, kind, seed):
     variables = jax.jit(model.init)(jax.random.PRNGKey(seed), train[:1, :2])
     units = by_lead(train[:256])
     taught = partial(free_runs_loss, scale=units, longest=20) if contender.free_runs else partial(next_frame_loss, scale=units[0])
-    schedule = optax.warmup_cosine_decay_schedule(0.0, contender.rate, updates // 10, updates)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, RATE, updates // 10, updates)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
     batches = window_batches(train, BATCH, FRAMES, seed=seed)
     variables, losses = fit(partial(taught, model), variables, batches, optimizer, updates, seed=seed)
     parameters = sum(p.size for p in jax.tree.leaves(variables["params"]))
-    config = contender._asdict() | {"parameters": parameters, "updates": updates, "batch": BATCH, "trajectories": len(train)}
-    return {"config": config, "loss": float(f"{losses[-updates // 20 - 1 :].mean():.4g}")} | score(model, variables, test)
+    sizes = {"rate": RATE, "parameters": parameters, "updates": updates, "batch": BATCH, "trajectories": len(train)}
+    last = float(f"{losses[-updates // 20 - 1 :].mean():.4g}")
+    return {"config": contender._asdict() | sizes, "loss": last} | score(model, variables, test)
 
 
 def gathered(folder):
@@ -112,11 +112,11 @@ def gathered(folder):
     return {key: in_order(read(file)) for key, file in files.items() if file.exists()}
 
 
-def scores(found, viscosity, kinds=tuple(NETS)):
+def scores(found, viscosity):
     "Markdown: the three scores of each net, median [quartiles] and how many seeds."
     rows = []
     for points in POINTS:
-        for kind in kinds:
+        for kind in NETS:
             if runs := found.get((viscosity, points), {}).get(kind):
                 cells = [spread([run[name] for run in runs]) for name in ("five", "one", "step")]
                 rows.append([str(points), f"{kind}, {len(runs)}", *cells])
