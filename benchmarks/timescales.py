@@ -80,6 +80,19 @@ def kalman(seen, intervals, there):
     return np.stack(made, 1)
 
 
+def stationary(seen, intervals, there):
+    "The best that a filter of fixed gains knows (Kalman & Bucy 1961), told what nets are told: after a gap, how long it was."
+    P = scipy.linalg.solve_continuous_are(A.T, SUM[:, None], DRIVE, [[NOISE]])
+    gain = P @ SUM / NOISE
+    both = np.block([[A - np.outer(gain, SUM), gain[:, None]], [np.zeros((1, 5))]])  # an interval's mean, held for its length
+    x, made, lengths = np.zeros((len(seen), 4)), [], DT * elapsed(intervals, there)
+    for k in range(len(there)):
+        if there[k]:
+            x = np.c_[x, seen[:, k]] @ scipy.linalg.expm(both * lengths[k])[:4].T
+        made.append(x[:, 0])
+    return np.stack(made, 1)
+
+
 def tests():
     "name → intervals and which of them were observed."
     rng, total = np.random.default_rng(5), LENGTH * DT
@@ -155,6 +168,12 @@ def elapsed(intervals, there):
     return np.float32(made)
 
 
+def error_of(made, truth, intervals, there):
+    "Root mean square, once the start is forgotten, of intervals that were observed."
+    late = (np.cumsum(intervals) > BURN) & there
+    return np.sqrt(np.mean((np.asarray(made, np.float64) - truth)[:, late] ** 2))
+
+
 def one_run(updates, n, seed_of_test, kind, seed):
     "Train a net at one rate and score it at all."
     net = NETS[kind]
@@ -174,9 +193,8 @@ def one_run(updates, n, seed_of_test, kind, seed):
     scores = {}
     for name, (intervals, there) in tests().items():
         z, x = records(intervals, n // 4, seed=seed_of_test)
-        late = (np.cumsum(intervals) > BURN) & there
         y = jax.jit(net.apply)(variables, z[..., None], elapsed(intervals, there), there)[..., 0]
-        error, best = (np.sqrt(np.mean((np.asarray(y, np.float64) - x)[:, late] ** 2)) for y in (y, kalman(z, intervals, there)))
+        error, best = (error_of(made, x, intervals, there) for made in (y, kalman(z, intervals, there)))
         told = {"error": error, "best": best, "ratio": error / best}
         scores[name] = {key: float(f"{value:.4g}") for key, value in told.items()}
     parameters = sum(p.size for p in jax.tree.leaves(variables["params"]))
@@ -188,11 +206,21 @@ def gathered(folder):
     return in_order(read(folder / "timescales.json"))
 
 
+def fixed(n=512, seed_of_test=2):
+    "What fixed gains can reach: test → error over the Kalman filter's."
+    found = {}
+    for name, (intervals, there) in tests().items():
+        z, x = records(intervals, n, seed=seed_of_test)
+        error, best = (error_of(filt(z, intervals, there), x, intervals, there) for filt in (stationary, kalman))
+        found[name] = error / best
+    return found
+
+
 def scores(found):
-    "Markdown: error over the Kalman filter's, median [quartiles] over seeds."
+    "Markdown: error over the Kalman filter's, median [quartiles] over seeds; and that of the best fixed gains."
     ratios = lambda runs, name: [run["scores"][name]["ratio"] for run in runs]
     rows = [[f"{kind}, {len(runs)}", *[spread(ratios(runs, name)) for name in tests()]] for kind, runs in found.items()]
-    return table(["net, seeds", *tests()], rows)
+    return table(["net, seeds", *tests()], [*rows, ["best fixed gains", *[f"{ratio:.3f}" for ratio in fixed().values()]]])
 
 
 def main(args=None):

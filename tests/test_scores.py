@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import apebench
 import kept
 import memory
+import recall
 import timescales
 
 CONTENDERS = "ssm_lib", "Res, increments in the band", "Conv", "ssm_lib, averaged weights"
@@ -59,6 +60,48 @@ def test_the_best_estimate_is_the_stationary_one():
     seen, truth = timescales.records(intervals, 300, seed=0)
     made = timescales.kalman(seen, intervals, np.ones(2000, bool))
     np.testing.assert_allclose(np.mean((made - truth)[:, 640:] ** 2), P[0, 0], rtol=0.05)
+    same = timescales.stationary(seen, intervals, np.ones(2000, bool))
+    assert np.sqrt(np.mean((same - made)[:, 640:] ** 2)) < 0.01 * np.sqrt(P[0, 0])  # its gains don't change there
+
+
+def test_recall_in_short(tmp_path, capsys):
+    quick = ["--quick", "--out", str(tmp_path), "--tasks"]
+    recall.main([*quick, "delay_16_64", "copy_16", "--nets", "LRU"])
+    recall.main([*quick, "selective_64", "--nets", "LRU, noise masked"])
+    (by_dt,) = json.loads((tmp_path / "recall_delay_16_64.json").read_text())["LRU"].values()
+    np.testing.assert_allclose(by_dt["score"], by_dt["score by dt"], rtol=1e-3)  # one long step is many short ones
+    (masked,) = json.loads((tmp_path / "recall_selective_64.json").read_text())["LRU, noise masked"].values()
+    assert 0 <= masked[f"score among {recall.FAR}"] <= 1
+    told = capsys.readouterr().out
+    assert told.count("| LRU |") == 5 and "| LRU, noise masked | 0" in told and "| no linear layer below | 0.0000 |" in told
+
+
+def test_tasks_ask_for_what_was_shown():
+    "The value that began so many steps ago, to the step; symbols where they stood, and the answer at the end."
+    delay, rng = recall.Delay(4, 20), np.random.default_rng(0)
+    (x, _), truth = delay.batch_of(rng, 2, by_dt=False)
+    late = np.arange(60, 80).reshape(4, 5)[:, -1]  # the last step of each value that counts
+    np.testing.assert_array_equal(truth, x[:, late - (delay.steps - 1), 0])
+    assert (x[:, late - delay.steps, 0] != truth).all()  # one step earlier it was another
+    assert delay.loss(jnp.roll(x, delay.steps - 1, 1), truth) == 0
+    (one_hot, _), told = recall.Copy(7).batch_of(rng, 2, by_dt=False)
+    assert one_hot.shape == (2, 10 + 7 + 10, 10) and (one_hot[:, :10].argmax(-1) == told).all()
+    (ids, _), told = recall.Selective(32).batch_of(rng, 2, by_dt=False)
+    np.testing.assert_array_equal(ids[ids < 16].reshape(2, 16), told)
+
+
+def test_what_a_linear_layer_can_hold():
+    "Shares by all-pass filters against those by the Gramian; they fall, and add up to the number of poles."
+    rng = np.random.default_rng(0)
+    half = rng.uniform(0.3, 0.95, 3) * np.exp(1j * rng.uniform(0.2, 3, 3))
+    poles = np.concatenate([half, half.conj()])
+    share = recall.recalled(poles, 2000)
+    gram = 1 / (1 - np.outer(poles, poles.conj()))
+    traces = poles[:, None] ** np.arange(40)
+    want = np.einsum("id,ij,jd->d", traces.conj(), np.linalg.inv(gram), traces).real
+    np.testing.assert_allclose(share[:40], want, atol=1e-9)
+    np.testing.assert_allclose(share.sum(), 6, atol=1e-9)
+    assert (np.diff(share) < 1e-12).all() and (share <= 6 / np.arange(1, 2001) + 1e-12).all()
 
 
 def test_a_run_that_fails_keeps_what_was_done(tmp_path):
