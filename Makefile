@@ -61,6 +61,7 @@ scores: install $(VENV)/.installed-bench  ## what is missing of the scores on pu
 	$(BIN)/python benchmarks/apebench.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/timescales.py
+	$(BIN)/python benchmarks/recall.py
 
 lint: install  ## check the style of notebooks and scripts
 	$(BIN)/ruff check nbs tests tools setup.py $(wildcard benchmarks)
