@@ -37,12 +37,22 @@ def phi1(
     """
     z = jnp.asarray(z)
     near = jnp.abs(jax.lax.stop_gradient(z)) < 1.0
-    z_near, z_far = jnp.where(near, z, 0), jnp.where(near, 1, z)
     n_terms = 18 if jnp.finfo(z.dtype).bits == 64 else 10
-    series = jnp.ones_like(z)
-    for k in range(n_terms, 1, -1):
-        series = 1 + series * z_near / k
-    return jnp.where(near, series, _expm1(z_far) / z_far)
+
+    def series(z):
+        total = jnp.ones_like(z)
+        for k in range(n_terms, 1, -1):
+            total = 1 + total * z / k
+        return total
+
+    def both(z):
+        z_far = jnp.where(near, 1, z)
+        return jnp.where(near, series(jnp.where(near, z, 0)), _expm1(z_far) / z_far)
+
+    if z.ndim < 2:
+        return both(z)
+    # Steps that differ. A choice is made once; without one, XLA forms all of this anew for every sample they meet.
+    return jax.lax.cond(near.all(), series, both, z)
 
 # %% ../nbs/00_discretization.ipynb #5e0e0002
 def common_dtype(*values):  # arrays or dtypes
