@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import scipy.linalg
 import scipy.signal
 from kept import in_order, read, run_missing, spread
 from speed import table
@@ -51,20 +52,32 @@ def recalled(poles, lags):
     return 1 - np.cumsum(np.abs(b) ** 2)
 
 
-def poles_of(layer, dt=1.0):
-    "The poles of a step of length dt that a layer begins with, both of each pair: (N,) complex128."
+def beginning(layer, dt=1.0):
+    "The poles of a step of length dt that a layer begins with, one of each pair, its input gains and matrix; complex128."
     variables = layer.init(jax.random.PRNGKey(0), jnp.zeros((2, layer.d_model)))
-    half = np.asarray(layer.bind(variables).system().step(jnp.full(1, dt))[0], complex).ravel()
-    return np.concatenate([half, half.conj()])
+    system = layer.bind(variables).system()
+    poles, gains = (np.asarray(part, complex).ravel() for part in system.step(jnp.full(1, dt)))
+    return poles, gains, np.asarray(system.B, complex)
 
 
-def faintest(layer, blanks, count=10):
-    """How faint a past can be after so many blanks: of all sequences of `count` values with norm 1, the least norm left in the state.
+def poles_of(layer, dt=1.0):
+    "All its poles, (N,): both of each pair, real ones once."
+    half = beginning(layer, dt)[0]
+    return np.concatenate([half, half[half.imag != 0].conj()])
 
-    Around 1 and above, each can be read from the state; below 1e-7, float32 has lost some, whatever reads it.
+
+def faintest(layer, blanks, count=10, symbols=8):
+    """The faintest over the strongest trace, in the state after so many blanks, of `count` symbols, as a layer begins that mixes features.
+
+    Each symbol is one of the first `symbols` features; the least and the largest singular value of what can differ between
+    sequences. Below 1e-7, float32 can't tell the faintest from rounding.
     """
-    traces = poles_of(layer)[:, None] ** (blanks + np.arange(count))
-    return np.linalg.svd(traces, compute_uv=False)[-1]
+    poles, gains, B = beginning(layer)
+    differ = (gains[:, None] * B[:, :symbols]) @ scipy.linalg.helmert(symbols).T
+    traces = poles[:, None, None] ** (blanks + np.arange(count))[:, None] * differ[:, None]
+    traces = traces.reshape(len(poles), -1)
+    values = np.linalg.svd(np.concatenate([traces.real, traces.imag]), compute_uv=False)
+    return values[-1] / values[0]
 
 
 class Contender(NamedTuple):
@@ -291,7 +304,8 @@ def scores(found, kind, score="score"):
     cell = lambda runs: spread([run[score] for run in runs]) if runs else "–"
     rows = [[name, *[cell(runs.get(name)) for runs in found.values()]] for name in names]
     if kind is Delay:
-        rows.append(["no linear layer below", *[f"{max(0, 1 - STATE / task.values):.3f}" for task in found]])
+        least = [max(0, 1 - STATE / (task.values - 1)) for task in found]  # the value of now passes by the state
+        rows.append(["no linear layer below", *[f"{error:.3f}" for error in least]])
     return table(["", *[task.title for task in found]], rows)
 
 
