@@ -47,7 +47,7 @@ def test_memory_in_short(tmp_path, capsys):
 
 
 def test_timescales_in_short(tmp_path, capsys):
-    timescales.main(["--quick", "--out", str(tmp_path), "--nets", "S5", "GRU, dt beside"])
+    timescales.main(["--quick", "--out", str(tmp_path), "--nets", "S5", "GRU, dt beside", "S5, gaps by its own forecast"])
     runs = json.loads((tmp_path / "timescales.json").read_text())
     assert all(score["ratio"] > 0.99 for run in runs.values() for score in run["0"]["scores"].values())  # Kalman's is the best
     assert "| S5, 1 |" in capsys.readouterr().out
