@@ -93,11 +93,10 @@ class Gated(nn.Module):
     "A GRU and what is read from it."
 
     width: int
-    out: int
 
     @nn.compact
     def __call__(self, x):
-        return nn.Dense(self.out)(nn.RNN(nn.GRUCell(self.width))(x))
+        return nn.Dense(1)(nn.RNN(nn.GRUCell(self.width))(x))
 
 
 class Told(nn.Module):
@@ -127,7 +126,7 @@ class Blocks(nn.Module):
         return nn.Dense(Selective.symbols)(x[:, -Selective.count :])
 
 
-class Unheld(nn.Module):
+class GatedSymbols(nn.Module):
     "A GRU over symbols."
 
     @nn.compact
@@ -162,7 +161,7 @@ class Delay(NamedTuple):
             "S4D, lin": Contender(S4D(1, STATE, poles="lin", **near)),
             "DSS": Contender(DSS(1, STATE, 4 * self.steps, kernel="exp", **near)),
             "S4": Contender(S4(1, STATE, 4 * self.steps, **near), steps=1024, by_dt=False),
-            "GRU": Contender(Gated(STATE, 1), steps=64, by_dt=False),
+            "GRU": Contender(Gated(STATE), steps=64, by_dt=False),
         }
 
     def batch_of(self, rng, n, by_dt):
@@ -231,7 +230,7 @@ class Selective(NamedTuple):
         return {
             "S5": Contender(Blocks(slow(self.steps)), by_dt=False),
             "LRU": Contender(Blocks(partial(of_ring, steps=self.steps)), by_dt=False),
-            "GRU": Contender(Unheld(), by_dt=False),
+            "GRU": Contender(GatedSymbols(), by_dt=False),
             "S5, noise masked": Contender(Blocks(slow(2 * self.count), True), by_dt=False),
             "LRU, noise masked": Contender(Blocks(partial(of_ring, steps=2 * self.count), True), by_dt=False),
         }
@@ -248,7 +247,7 @@ TASKS = [*(Delay(*size) for size in DELAYS), *map(Copy, BLANKS), *map(Selective,
 
 
 def optimizer(pole_rate, updates):
-    "Adam, with poles and steps at a rate of their own."
+    "Adam, with poles and steps at a rate of their own; S5's B is not among them, as it is in `make_optimizer`."
     schedule = optax.warmup_cosine_decay_schedule(0.0, RATE, updates // 10, updates)
     poles = set(LRU.pole_parameters) | set(S4.pole_parameters)
     group = lambda path, _: "poles" if path[-1].key in poles else "rest"
@@ -297,11 +296,11 @@ def gathered(folder):
     return {task: in_order(read(file)) for task, file in files.items() if file.exists()}
 
 
-def scores(found, kind, score="score"):
+def scores(found, kind):
     "Markdown: the scores of one kind of task, median [quartiles] over seeds; of delays, the bound too."
     found = {task: runs for task, runs in found.items() if isinstance(task, kind)}
     names = list(dict.fromkeys(name for task in found for name in task.nets()))
-    cell = lambda runs: spread([run[score] for run in runs]) if runs else "–"
+    cell = lambda runs: spread([run["score"] for run in runs]) if runs else "–"
     rows = [[name, *[cell(runs.get(name)) for runs in found.values()]] for name in names]
     if kind is Delay:
         least = [max(0, 1 - STATE / (task.values - 1)) for task in found]  # the value of now passes by the state

@@ -15,6 +15,7 @@ else. Every finished run is written to `timescales.json` at once.
 import argparse
 from collections.abc import Callable
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import flax.linen as nn
@@ -178,7 +179,7 @@ def answers(net, variables, z, intervals, there):
     run = jax.jit(net.apply)
     if getattr(net, "out", 1) == 1:
         return run(variables, z[..., None], elapsed(intervals, there), there)[..., 0]
-    longest = max(map(len, "".join("01"[here] for here in there.astype(int)).split("1")))
+    longest = max((len([*stretch]) for here, stretch in groupby(there) if not here), default=0)
     read = np.where(there, z, 0)
     for _ in range(longest + 1):  # each time, one step of every gap is filled for good
         y = np.asarray(run(variables, read[..., None], np.float32(intervals / DT), np.ones_like(there)))
