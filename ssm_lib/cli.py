@@ -65,7 +65,8 @@ def _facts(config, fields):
     shapes = jax.eval_shape(lambda: pipeline.first_variables(config))
     count = sum(p.size for p in jax.tree.leaves(shapes["params"]))
     yield "network: " + ", ".join(f"{name} {_plain(value)}" for name, value in sizes.items()) + f"; {count} parameters"
-    yield f"training: {t.updates} updates of {t.batch_size} windows, {t.rollout} frames ahead of {t.history}"
+    ahead = f"{t.rollout} frames ahead of {'up to ' * t.free_runs}{t.history}"
+    yield f"training: {t.updates} updates of {t.batch_size} windows, {ahead}"
 
 
 def _plain(value):

@@ -29,7 +29,7 @@ from .fields import Fields, boundaries, open_fields
 from .forecaster import Forecaster, Seasonal
 from .inputs import Inputs, WithInputs, fit_inputs, season_of, steps_of_day
 from .runs import Run, check_folder, load_run
-from .training import fit, make_optimizer, next_frame_loss, rollout_loss
+from .training import fit, free_runs_loss, make_optimizer, next_frame_loss, rollout_loss
 
 # %% ../nbs/49_pipeline.ipynb #49000007
 class _Part:
@@ -101,12 +101,13 @@ class ModelConfig(_Part):
 
 @dataclass(frozen=True)
 class TrainingConfig(_Part):
-    "How it is trained: on rollouts that grow, from windows at random."
+    "How it is trained: on rollouts that grow, or on free runs, from windows at random."
 
     updates: int | None = None  # steps of the training; some minutes of two cores, or each frame 70 times
     batch_size: int | None = None  # windows of an update: 4, or 8 where a month of days leaves much to chance
     learning_rate: float = 3e-3  # at its peak
     history: int | None = None  # frames that a forecast begins from: 1, or 16 for a network that remembers
+    free_runs: bool | None = None  # go on from histories of all lengths, to `history`; for a network that remembers
     rollout: int | None = None  # frames that are predicted in training, in the end: a day where there are days, else 8
     one_step: float = 0.0  # share of the updates that predict one frame only
     noise: float = 0.0  # on the frames given, in deviations of the data
@@ -121,8 +122,8 @@ class TrainingConfig(_Part):
     kinds = {
         **dict.fromkeys(("updates", "batch_size", "history", "rollout", "patience"), Maybe(Size())),
         "one_step": Number(0, 1),
-        "noise": Number(0), "pushforward": Flag(), "average": Number(0, below=1), "shift": Maybe(Flag()),
-        "validation": Number(0, below=1),
+        "noise": Number(0), "pushforward": Flag(), "average": Number(0, below=1), "validation": Number(0, below=1),
+        "free_runs": Maybe(Flag()), "shift": Maybe(Flag()),
         "seed": Size(0), "accumulate": Size(), "learning_rate": Number(above=0),
     }  # fmt: skip
 
@@ -348,23 +349,39 @@ def resolve(
     remembers = model.recipe in MEMORY
     yesterday = per_day + 1 if model.usual and per_day else 1
     history = t.history or max(yesterday, min(16, own.shape[1] // 4) if remembers else 1)
+    freely = _freely(t, remembers and history > 1, rollout)
     ahead = t.one_step + (1 - t.one_step) * rollout * 0.65  # frames, in the mean of a curriculum
+    ahead = _window(history, rollout, own) - 1 if freely else ahead
     size = 1 if model.recipe == "dense_s5" else (model.width / 16) * (model.n_layers / 3)
     batch_size = t.batch_size or (8 if model.usual else 4)
-    work = math.prod(grid) * batch_size * (ahead + (history - 1) * remembers) * size
+    work = math.prod(grid) * batch_size * (ahead + (history - 1) * (remembers and not freely)) * size
     (seen, gaps), alike = _observed(fields), not model.usual
     shift = _shift(t.shift, ends, alike and bool(seen.all()))
     often = there * (math.inf if shift else SEEN) / (batch_size * ahead)
     updates = t.updates or int(np.clip(min(WORK / work, often), 200, 3000)) // 10 * 10
     need = history + rollout  # fewer than eight windows say too little
     fits = kept_back is not None and kept_back.shape[1] >= need and math.prod(kept_back.shape[:2]) >= 8 * need
-    sizes = dict(history=history, rollout=rollout, batch_size=batch_size, updates=updates)
+    sizes = dict(history=history, free_runs=freely, rollout=rollout, batch_size=batch_size, updates=updates)
     training = dataclasses.replace(t, **sizes, shift=shift, validation=t.validation if fits else 0.0)
     resolved = dataclasses.replace(config, model=model, training=training)
     _check_lengths(resolved, fields)
     resolved = dataclasses.replace(resolved, found=_find(resolved, fields, ends, gaps))
     jax.eval_shape(lambda: first_variables(resolved))
     return resolved
+
+
+def _freely(training, remembers, rollout):
+    "Whether it is trained on free runs: for a network that remembers, unless it was told something else of rollouts."
+    told = [name for name in ("one_step", "noise", "pushforward") if getattr(training, name)]
+    told += ["rollout = 1"] if rollout == 1 else []
+    if training.free_runs and told:
+        raise ValueError(f"free_runs is True with {told[0]}; expected rollouts of some frames, and no more. Drop one.")
+    return remembers and not told if training.free_runs is None else training.free_runs
+
+
+def _window(history, rollout, fields):
+    "Frames of a window for free runs: a history and two stretches on its own, or as many as there are."
+    return min(history + 2 * rollout, fields.shape[1])
 
 
 def _shift(said, ends, alike):
@@ -435,10 +452,26 @@ def first_variables(
     return jax.jit(model.init)(jax.random.PRNGKey(config.training.seed), jnp.zeros((1, 2, *model.frame)))
 
 
+def _free_loss(config, model, units):
+    "Free runs, from up to `history` frames, of up to `rollout` frames."
+    t, found = config.training, config.found
+    fills, said = model.clone(gaps=True), {"restarts": 0.0} if config.model.usual else {}  # days can't begin anew
+    everywhere = jnp.ones((*found.grid, len(found.variables)), bool)
+
+    def loss(variables, batch, key):
+        told = {**variables, "fixed": {"observed": everywhere} | variables.get("fixed", {})}
+        options = dict(scale=units, history=t.history, longest=t.rollout - 1)
+        return free_runs_loss(fills, told, batch, key, **options, **said)
+
+    return loss
+
+
 def _loss(config, model, x):
-    "One step ahead on windows that predict one frame, else rollouts; in units of what no change gets wrong at a lead."
+    "Free runs; or one step ahead on windows of one frame more, else rollouts; in units of what no change gets wrong."
     t, found = config.training, config.found
     units = growth(x, t.rollout).reshape(t.rollout, *[1] * len(found.grid), -1)
+    if t.free_runs:
+        return _free_loss(config, model, units.reshape(t.rollout, -1))
     noise = t.noise * np.asarray(found.std, np.float32) if t.noise else None
 
     def loss(variables, batch, key):
@@ -501,7 +534,8 @@ def train_run(
     usual = climatology(own, inputs.season)[0] if inputs.season else None
     to_learn = own if usual is None else _left(own, inputs.season, usual, config.found.share)
     variables = first_variables(config) | _fixed(config, fields, usual)
-    length = curriculum(t.updates, t.rollout, history=t.history, share=t.one_step)
+    rolled = curriculum(t.updates, t.rollout, history=t.history, share=t.one_step)
+    length = _window(t.history, t.rollout, own) if t.free_runs else rolled
     batches = lambda start: window_batches(x, t.batch_size, length, start=start, shift=t.shift, seed=t.seed)
     optimizer = make_optimizer(model, t.learning_rate, t.updates, accumulate=t.accumulate)
     validate = _validator(config, model, WithInputs(valid, inputs)) if valid is not None else None

@@ -101,38 +101,43 @@ def rollout_loss(
     return _mean_square((rollout(model, variables, made, 1, carry=carry, inputs=late) - truth[:, -1:]) / scale, model)
 
 # %% ../nbs/41_training.ipynb #41000103
-def _free_runs(key, batch, T, history, longest):
-    "Which of T frames are seen, (batch, T), and how many have passed at each since one was."
+def _free_runs(key, batch, T, history, longest, restarts):
+    "Which of T frames are seen, (batch, T), how many have passed at each since one was, and where it begins anew."
     some = lambda key: jnp.round(history ** jax.random.uniform(key, (batch, 1))).astype(int)
-    keys, t = jax.random.split(key, 3), jnp.arange(T)
+    keys, t = jax.random.split(key, 4), jnp.arange(T)
     first, again, run = some(keys[0]), some(keys[1]), jax.random.randint(keys[2], (batch, 1), 0, longest + 1)
-    seen = (t < first) | ((t - first) % (run + again) >= run)
-    return seen, t - jax.lax.cummax(jnp.where(seen, t, 0), axis=1)
+    at = (t - first) % (run + again)
+    seen, returns = (t < first) | (at >= run), (t > first) & (at == run) & (run > 0)
+    anew = returns & (jax.random.uniform(keys[3], (batch, T)) < restarts)
+    return seen, t - jax.lax.cummax(jnp.where(seen, t, 0), axis=1), anew
 
 
 @takes(
-    model=check_model, x=Array("(B, T, *space, C)"), scale=Array("(…)", "reals", low=0), longest=Size(), history=Size()
+    model=check_model, x=Array("(B, T, *space, C)"), scale=Array("(…)", "reals", low=0), longest=Size(), history=Size(),
+    restarts=Number(0, 1),
 )
 def free_runs_loss(
     model,  # a Forecaster with gaps=True: it goes on from its own prediction where a frame is hidden
     variables,  # its variables
     x: jax.Array,  # (B, T, *space, C) windows
     key: jax.Array,  # random key, for what is hidden; without dropout, as in a rollout
-    scale: float = 1.0,  # unit of the error; or (T − 1, C), one for each lead
+    scale: float = 1.0,  # unit of the error; or (longest + 1, C), one for each lead
     longest: int = 16,  # most frames hidden at a stretch
     history: int = 8,  # most frames seen before such a stretch
+    restarts: float = 0.05,  # how often the state is forgotten where frames are seen again, as where a series begins
 ) -> jax.Array:  # scalar
     """Mean squared error of y[k] against x[k+1], at every position, while the model doesn't see all frames.
 
     In each trajectory it sees 1 to `history` frames, then 0 to `longest` are hidden, then it sees some again, and
-    so on; how many it sees is drawn uniformly in the logarithm.
+    so on; how many it sees is drawn uniformly in the logarithm. `restarts=0` leaves the state alone.
     """
     if not getattr(model, "gaps", False):
         raise ValueError(f"model is {shown(model)}; expected one that fills gaps. Use Forecaster(…, gaps=True).")
     frames, inputs = _frames(model, x)
-    seen, since = _free_runs(key, x.shape[0], x.shape[1] - 1, history, longest)
+    seen, since, anew = _free_runs(key, x.shape[0], x.shape[1] - 1, history, longest, restarts)
     hidden = jnp.where(seen.reshape(*seen.shape, *(1,) * (x.ndim - 2)), frames[:, :-1], jnp.nan)
-    y = inference(model).apply(variables, jnp.concatenate([hidden, inputs[:, :-1]], -1))
+    read, told = jnp.concatenate([hidden, inputs[:, :-1]], -1), {"reset": anew} if restarts else {}
+    y = inference(model).apply(variables, read, **told)
     if jnp.ndim(scale):
         scale = jnp.asarray(scale)[since].reshape(*since.shape, *(1,) * (x.ndim - 3), -1)
     return _mean_square((y - frames[:, 1:]) / scale, model)

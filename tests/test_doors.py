@@ -158,7 +158,7 @@ VALID = {
     ),
     "pipeline.TrainingConfig": dict(
         updates=1, batch_size=1, learning_rate=0.1, history=1, rollout=1, one_step=0.5, noise=0.1, pushforward=True, average=0.5,
-        accumulate=2, shift=False, validation=0.1, patience=1, seed=0,
+        accumulate=2, shift=False, validation=0.1, patience=1, seed=0, free_runs=True,
     ),
     "pipeline.build": dict(config=CONFIG),
     "pipeline.cut": dict(config=CONFIG, fields=FIELDS),
@@ -250,7 +250,7 @@ VALID = {
         model=model, learning_rate=1e-3, steps=10, ssm_learning_rate=1e-3, weight_decay=0.1, warmup=0.1, clip=1.0, accumulate=2
     ),
     "training.free_runs_loss": dict(
-        model=fills, variables=fills.init(KEY, frames), x=frames, key=KEY, scale=1.0, longest=2, history=2
+        model=fills, variables=fills.init(KEY, frames), x=frames, key=KEY, scale=1.0, longest=2, history=2, restarts=0.5
     ),
     "training.next_frame_loss": dict(model=model, variables=variables, x=frames, key=KEY, scale=1.0, noise=0.1),
     "training.rollout_loss": dict(model=model, variables=variables, x=frames, key=KEY, scale=1.0, history=2, noise=0.1, pushforward=True),

@@ -85,6 +85,7 @@ def test_from_a_file_to_a_forecast(kind, tmp_path, monkeypatch, capsys):
     assert cli.main(["rollout", "run", str(file), "--steps", "5", "--out", "next.nc", "--start", "40"]) == 0
     model, variables, config = open_run(tmp_path / "run")
     fields, inputs, h = pipeline.open_data(config), pipeline.inputs_of(config), config.training.history
+    assert config.training.free_runs == (config.model.recipe in pipeline.MEMORY)
     beside = inputs.read(fields, 0, 41 - h, 45)[None]
     made = rollout(model, variables, fields[0, 41 - h : 41][None], 5, inputs=beside if beside.shape[-1] else None)[0]
     if config.found.gaps:
@@ -111,13 +112,29 @@ def plain(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "option", [{"noise": 0.1}, {"pushforward": True}, {"accumulate": 2}, {"average": 0.9}, {"one_step": 1.0}, {"seed": 1}]
+    "option",
+    [{"noise": 0.1}, {"pushforward": True}, {"accumulate": 2}, {"average": 0.9}, {"one_step": 1.0}, {"free_runs": True}, {"seed": 1}],
 )
 def test_options_of_the_training_count(option, plain, tmp_path):
     other = train_run(tmp_path / "other", small(tmp_path, **{"average": 0.0, "one_step": 0.0} | option)).variables
     differ = jax.tree.map(lambda a, b: np.abs(a - b).max(), plain, other)
     assert max(jax.tree.leaves(differ)) > 1e-5
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(other))
+
+
+def test_free_runs_are_for_networks_that_remember(tmp_path):
+    """With what is usual around them, too, where days can't begin anew; not where one frame is given, or rollouts are asked for."""
+    dated(waves(6), ("x",)).to_netcdf(tmp_path / "x.nc")
+    data, model = DataConfig(str(tmp_path / "x.nc")), ModelConfig("dense_s5", width=8, n_layers=1)
+    resolved = lambda **training: pipeline.resolve(Config(data, model, TrainingConfig(updates=2, rollout=3, **training)))
+    trained = train_run(tmp_path / "run", resolved())
+    assert trained.config.model.usual and trained.config.training.free_runs
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(trained.variables))
+    for other in ({"history": 1}, {"noise": 0.1}, {"pushforward": True}, {"free_runs": False}):
+        assert not resolved(**other).training.free_runs
+    for wrong in ({"noise": 0.1}, {"one_step": 0.5}):
+        with pytest.raises(ValueError, match=f"free_runs is True with {list(wrong)[0]}"):
+            resolved(free_runs=True, **wrong)
 
 
 def test_a_run_can_be_moved_with_or_without_its_data(tmp_path):
