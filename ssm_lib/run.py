@@ -7,13 +7,14 @@ __all__ = ['Plan', 'segment_steps', 'run', 'whole']
 
 # %% ../nbs/04_run.ipynb #ed0ef610
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 
 import jax
 import jax.numpy as jnp
 
 from .checks import Choice, Maybe, Size, check_fields, check_length, known, shown
 from .discretization import common_dtype
+from .mesh import handed_on, is_end
 from .scan import SCAN_BACKENDS, scan_in_segments, varying_as, without_axis
 from .system import System, Times, feed_through
 
@@ -25,7 +26,8 @@ class Plan:
     Parameters
     ----------
     backend : of the scan: "auto", "sequential", "associative" or "lanes", as in `linear_scan`
-    segment : steps whose states exist at once; None chooses by the size of the state
+    segment : steps whose states exist at once; None chooses by the size of the state. Where time is cut over devices
+        and the system can be run on all at once, the states of a device's whole stretch exist
     """
 
     backend: str = "auto"
@@ -71,26 +73,71 @@ def _checked_carry(x, zero):
     return x
 
 
-def _in_segments(system, u, x, times, plan, reverse=False):
-    "`run` for a system that is settled."
-    axis, first = times.axis, jax.tree.leaves(u)[0]
-    L = first.shape[axis]
+def _segment(system, u, x, times, plan, reverse, **options):
+    "The state after a segment, and its outputs, with the states before them where all are kept."
+    u = jax.tree.map(times.see, u)
+    xs = system.states(u, x, times, reverse=reverse, backend=plan.backend, **options)
+    y = _with_feedthrough(system, system.observe(xs, u), u, times)
+    end = lambda z: jax.lax.index_in_dim(z, 0 if reverse else -1, times.axis, keepdims=False)
+    x = jax.tree.map(end, xs) if jax.tree.leaves(u)[0].shape[times.axis] != 0 else x
+    return x, (xs, y) if times.keep == "all" else y
+
+
+def _segments(system, u, x, times, plan, reverse):
+    "All of time on this device."
     cut, dt = (times, None) if times.dt_varies else (replace(times, dt=None), times.dt)
-    zero = system.zero_state(without_axis(first.shape[:-1], axis))
-    x = zero if x is None else _checked_carry(x, zero)
-    x = jax.tree.map(lambda z: varying_as(first, z.astype(common_dtype(z.dtype, first.dtype))), x)
-    end = lambda z: jax.lax.index_in_dim(z, 0 if reverse else -1, axis, keepdims=False)
 
     def segment(x, part):
         u, times = part
-        times, u = times if dt is None else replace(times, dt=dt), jax.tree.map(times.see, u)
-        xs = system.states(u, x, times, reverse=reverse, backend=plan.backend)
-        y = _with_feedthrough(system, system.observe(xs, u), u, times)
-        return jax.tree.map(end, xs) if L != 0 else x, (xs, y) if times.keep == "all" else y
+        return _segment(system, u, x, times if dt is None else replace(times, dt=dt), plan, reverse)
 
+    L, width = jax.tree.leaves(u)[0].shape[times.axis], sum(z.size for z in jax.tree.leaves(x))
+    steps = plan.segment or segment_steps(L, width or 1)
+    return scan_in_segments(segment, x, (u, cut), steps, axis=times.axis, reverse=reverse)
+
+# %% ../nbs/04_run.ipynb #04d00002
+def _from(x, axis_name, last):
+    "x of the first device of a mesh axis, or of the last, on all of them."
+    only = lambda z: jnp.where(is_end(axis_name, last), z, jnp.zeros_like(z))
+    return jax.tree.map(lambda z: jax.lax.psum(only(z), axis_name), x)
+
+
+def _side_by_side(system, u, x, times, plan, reverse):
+    "Each device its stretch, at once; one exchange of states."
+    x, y = _segment(system, u, x, times, plan, reverse, axis_name=times.axis_name)
+    return _from(x, times.axis_name, last=not reverse), y
+
+
+def _in_turn(system, u, x, times, plan, reverse):
+    "Each device its stretch, when the one before is done: for a system that knows no other way to hear of the past."
+    name, me = times.axis_name, jax.lax.axis_index(times.axis_name)
+    order = jnp.arange(jax.lax.psum(1, name))
+    varying = lambda tree: jax.tree.map(lambda z: varying_as(me, z) if isinstance(z, jax.Array) else z, tree)
+    # Whatever has a slope is said to vary here: else its slopes would be summed over devices while one of them runs.
+    if is_dataclass(system):
+        system = replace(system, **{field.name: varying(getattr(system, field.name)) for field in fields(system)})
+    x, alone = varying((x, replace(times, axis_name=None)))
+    here = jax.checkpoint(lambda x: _segments(system, u, x, alone, plan, reverse))
+    like = varying_as(jax.tree.leaves(u)[0], varying_as(me, jnp.zeros(())))
+    nothing = jax.tree.map(lambda z: varying_as(like, jnp.zeros(z.shape, z.dtype)), jax.eval_shape(here, x)[1])
+
+    def turn(state, i):
+        x, y = jax.lax.cond(me == i, lambda x, _: varying(here(x)), lambda x, y: (x, y), *state)
+        return (jax.tree.map(lambda z: handed_on(z, name, -1 if reverse else 1), x), y), None
+
+    (x, y), _ = jax.lax.scan(turn, (x, nothing), order[::-1] if reverse else order)
+    return _from(x, name, last=reverse), y
+
+# %% ../nbs/04_run.ipynb #04d00003
+def _in_segments(system, u, x, times, plan, reverse=False):
+    "`run` for a system that is settled."
+    first = jax.tree.leaves(u)[0]
+    zero = system.zero_state(without_axis(first.shape[:-1], times.axis))
+    x = zero if x is None else _checked_carry(x, zero)
+    x = jax.tree.map(lambda z: varying_as(first, z.astype(common_dtype(z.dtype, first.dtype))), x)
     with jax.named_scope("recurrence"):
-        steps = plan.segment or segment_steps(L, sum(z.size for z in jax.tree.leaves(x)) or 1)
-        x, y = scan_in_segments(segment, x, (u, cut), steps, axis=axis, reverse=reverse)
+        way = _segments if times.axis_name is None else _side_by_side if system.at_once else _in_turn
+        x, y = way(system, u, x, times, plan, reverse)
     return y if times.keep == "all" else (x, y)
 
 
@@ -115,8 +162,9 @@ def whole(
     "Outputs of a complete sequence: a convolution where that is possible, else the scan; in both directions if asked."
     system = _settled(system, times)
     L, y = jax.tree.leaves(u)[0].shape[times.axis], None
-    check_length(L, system.l_max)
-    if times.plain and L != 0:
+    devices = 1 if times.axis_name is None else jax.lax.psum(1, times.axis_name)
+    check_length(L * devices, system.l_max)
+    if times.plain and L != 0 and times.axis_name is None:
         seen = jax.tree.map(times.see, u)
         y = system.convolve(seen, times.axis)
         y = None if y is None else _with_feedthrough(system, y, seen, times)

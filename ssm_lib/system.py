@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from .checks import Array, FloatType, Maybe, known, takes
 from .convolution import causal_convolution, kernel_poles
 from .discretization import matched
-from .scan import linear_scan, without_axis
+from .scan import linear_scan, steps_before, without_axis
 
 # %% ../nbs/03_system.ipynb #cb4141f8
 def product(x, M, dtype=None):
@@ -81,7 +81,7 @@ def to_complex(
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("dt", "mask", "reset", "seen"),
-    meta_fields=("axis", "keep"),
+    meta_fields=("axis", "keep", "axis_name"),
 )
 @dataclass(frozen=True)
 class Times:
@@ -97,6 +97,7 @@ class Times:
     reset : bool, True where a new sequence begins: the state is zeroed before that step
     seen : bool, True where an initial-condition module reads its frame; elsewhere it sees zero, and no feedthrough
     keep : which carries are wanted: "last", "all" (one after each step), or "none"
+    axis_name : of the mesh axis that cuts time, inside `jax.shard_map`; None: this is the whole of it
     """
 
     axis: int = 0
@@ -105,6 +106,7 @@ class Times:
     reset: jax.Array | None = None
     seen: jax.Array | None = None
     keep: str = "last"
+    axis_name: str | None = None
 
     def see(self, x):
         "The frames `(…, L, …, C)` that may be read; the others as zero, whatever they hold."
@@ -135,9 +137,7 @@ class Times:
         "The same stretch from its end: a reset before step k cuts the link between k and k − 1, so it moves by one."
         if self.reset is None:
             return self
-        later = jax.lax.slice_in_dim(self.reset, 1, None, axis=self.axis)
-        none = jnp.zeros_like(jax.lax.slice_in_dim(self.reset, 0, 1, axis=self.axis))
-        return replace(self, reset=jnp.concatenate([later, none], self.axis))
+        return replace(self, reset=steps_before(self.reset, self.axis, True, self.axis_name))
 
 # %% ../nbs/03_system.ipynb #a7cb2d66
 SAID = {"dt": Array("(…)", "reals", low=0), "mask": Array("(…)", "booleans"), "reset": Array("(…)", "booleans")}
@@ -189,6 +189,7 @@ class System(abc.ABC):
     D = None  # (H,) feedthrough, added to the outputs by whoever runs the system; None has none
     l_max = None  # longest sequence that may be run whole; None is any
     backward = None  # a second System, run from the end and added; one that has it cannot be carried
+    at_once = False  # whether `states` takes axis_name=: the parts of a time axis that is cut are run side by side
 
     @abc.abstractmethod
     def zero_state(self, lead: tuple) -> Any:
@@ -198,8 +199,8 @@ class System(abc.ABC):
     def states(self, u, x, times: Times, **options) -> Any:
         """The state after each step of a segment, `(…, L, …)`, time on `times.axis`, from the state x before it.
 
-        `options` are those of `linear_scan`: reverse, backend. Mask and reset are in `times`; masked inputs are
-        zero already.
+        `options` are those of `linear_scan`: reverse, backend, axis_name. Mask and reset are in `times`; masked inputs
+        are zero already.
         """
 
     @abc.abstractmethod
@@ -224,6 +225,8 @@ class Diagonal(System):
     C: jax.Array  # output matrix, complex; doubled under conjugate symmetry
     D: jax.Array | None = None  # (H,) feedthrough
     l_max: int | None = None  # longest sequence that may be run whole
+
+    at_once = True
 
     @abc.abstractmethod
     def drive(self, step, u):

@@ -249,6 +249,8 @@ VALID = {
     "training.make_optimizer": dict(
         model=model, learning_rate=1e-3, steps=10, ssm_learning_rate=1e-3, weight_decay=0.1, warmup=0.1, clip=1.0, accumulate=2
     ),
+    "mesh.cut_axes": dict(n=2),
+    "mesh.make_mesh": dict(batch=1, time=1, space=(1, 1), devices=None),
     "training.free_runs_loss": dict(
         model=fills, variables=fills.init(KEY, frames), x=frames, key=KEY, scale=1.0, longest=2, history=2, restarts=0.5
     ),
@@ -267,8 +269,8 @@ for name in ("StackedSSM3D", "BatchStackedSSM3DModel"):
 NO_DOOR = {  # public names that take nothing which could be wrong without a word, and why
     "made by the library, for the library": (
         "blocks.Gate", "contract.Recurrent", "contract.SSMLayer", "run.run", "run.segment_steps", "run.whole",
-        "s4.DPLRSystem", "space.along", "system.product",
-        "scan.binary_operator", "scan.varying_as", "scan.without_axis", "system.Diagonal", "system.DiagonalBank",
+        "s4.DPLRSystem", "space.along", "system.product", "mesh.handed_on", "mesh.is_end", "mesh.mesh_to_follow",
+        "scan.binary_operator", "scan.steps_before", "scan.varying_as", "scan.without_axis", "system.Diagonal", "system.DiagonalBank",
         "system.DiagonalSystem", "system.System", "system.Times", "system.times_of", "training.train_step",
         "hippo.DPLRForm", "metrics.LinearForecast", "data.Normalizer", "space.Band",
         "discretization.common_dtype", "discretization.matched",
