@@ -11,11 +11,13 @@ from dataclasses import replace
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from .checks import Array, Maybe, Size, check_fields
 from .discretization import common_dtype
+from .mesh import SPACE, mesh_to_follow
 from .run import Plan, run, whole
-from .scan import impulse, without_axis
+from .scan import impulse, varying_as, without_axis
 from .system import System, Times, times_of
 
 # %% ../nbs/05_contract.ipynb #4b09b9d4
@@ -74,6 +76,74 @@ def _said(module, x, axis, keep, said, started=None, one_step=False):
         seen = seen & ~started.reshape(*started.shape, *places)
     return replace(times, seen=seen)
 
+# %% ../nbs/05_contract.ipynb #05d00002
+def _cuts(x, axis):
+    "For each axis of a stretch the mesh axis that cuts it, or None; a ValueError where it is not a multiple."
+    devices = mesh_to_follow()
+    at = {"batch": 0 if axis else None, "time": axis if x.shape[axis] > 1 else None}
+    at |= dict(zip(SPACE, range(axis + 1, x.ndim - 1)))
+    names = {i: name for name, i in at.items() if i is not None and devices.get(name, 1) > 1}
+    for i, name in names.items():
+        if name != "time" and x.shape[i] % devices[name]:
+            raise ValueError(
+                f"the mesh cuts {name} in {devices[name]}, and x has shape {x.shape}; "
+                f"expected a multiple of {devices[name]} on axis {i}. Cut otherwise."
+            )
+    return [names.get(i) for i in range(x.ndim)]
+
+
+def _padded(x, times, n):
+    "A stretch with steps behind it that are not there, if there must be, so that n devices have as many each."
+    if x.shape[times.axis] % n == 0:
+        return x, times
+    axis, L = times.axis, x.shape[times.axis]
+    behind = lambda z, value: z if z is None or z.ndim == 0 or z.shape[axis] < L else jnp.pad(
+        z, [(0, -L % n if i == axis else 0) for i in range(z.ndim)], constant_values=value
+    )  # fmt: skip
+    there = jnp.ones((1,) * axis + (L,) + (1,) * (x.ndim - axis - 2), bool) if times.mask is None else times.mask
+    said = {name: behind(getattr(times, name), value) for name, value in (("dt", 1), ("reset", False), ("seen", False))}
+    return behind(x, 0), replace(times, mask=behind(there, False), **said)
+
+
+def _device_key(key, names):
+    "A random key for this device."
+    for name in names:
+        key = jax.random.fold_in(key, jax.lax.axis_index(name))
+    return {"dropout": key}
+
+# %% ../nbs/05_contract.ipynb #05d00003
+def _on_mesh(module, x, carry, times):
+    "`stretch`, by the devices of the mesh in use, if there is one."
+    axis, L = times.axis, x.shape[times.axis]
+    names = _cuts(x, axis)
+    used = [name for name in names if name]
+    if not used or module.is_initializing():
+        return module.stretch(x, carry, times)
+    inner, variables = module.unbind()
+    after = jax.eval_shape(lambda: inner.apply(variables, x, carry, times, method="stretch")[0])
+    if names[axis]:
+        x, times = _padded(x, replace(times, axis_name="time"), mesh_to_follow()["time"])
+    renewed = [name for name in variables if name != "params" and module.is_mutable_collection(name)]
+    key = module.make_rng("dropout") if module.has_rng("dropout") else None
+
+    def part(variables, key, x, carry, times):
+        variables = jax.tree.map(lambda z: varying_as(x, z), variables)
+        rngs = {} if key is None else _device_key(key, used)
+        return inner.apply(variables, x, carry, times, method="stretch", rngs=rngs, mutable=renewed)
+
+    state = without_axis(tuple(names[:-1]), axis)
+    spec = lambda z, names: PartitionSpec(*(name if size > 1 else None for name, size in zip(names, z.shape)))
+    specs = lambda tree, names: jax.tree.map(lambda z: spec(z, names), tree)
+    given = PartitionSpec(), PartitionSpec(), PartitionSpec(*names), specs(carry, state), specs(times, names)
+    made = (specs(after, names if times.keep == "all" else state), PartitionSpec(*names)), PartitionSpec()
+    run = jax.jit(jax.shard_map(part, in_specs=given, out_specs=made, axis_names=set(used)))
+    (carry, y), changed = run(variables, key, x, carry, times)
+    for collection, values in changed.items():
+        for name, value in values.items():
+            module.put_variable(collection, name, value)
+    within = lambda z: jax.lax.slice_in_dim(z, 0, L, axis=axis)
+    return (jax.tree.map(within, carry) if times.keep == "all" else carry), within(y)
+
 # %% ../nbs/05_contract.ipynb #b0193f80
 class Recurrent(nn.Module):
     """The contract of all layers, blocks and models: four methods in terms of one, `stretch`.
@@ -109,7 +179,7 @@ class Recurrent(nn.Module):
                 raise ValueError(f"the input has shape {x.shape}; expected frame 0, which is all that n_steps reads.")
             x = impulse(jax.lax.slice_in_dim(x, 0, 1, axis=axis), self.response_steps, axis)
         times = _said(self, x, axis, "none", dict(dt=dt, mask=mask, reset=reset))
-        return self.stretch(x, None, times)[1]
+        return _on_mesh(self, x, None, times)[1]
 
     def prefill(self, x, carry=None, *, dt=None, mask=None, reset=None, axis=None, all_carries=False):
         "A stretch x (…, L, *frame) from a carried state (None: zero): (carry, y), or with the carry after every step."
@@ -143,10 +213,10 @@ class Recurrent(nn.Module):
         if self.whole_only:
             raise ValueError(self.whole_only)
         if self.response_steps is None:
-            return self.stretch(x, carry, _said(self, x, axis, keep, said, None, one_step))
+            return _on_mesh(self, x, carry, _said(self, x, axis, keep, said, None, one_step))
         lead = x.shape[: x.ndim - len(self.frame)]
         state, started = (None, jnp.zeros(without_axis(lead, axis), bool)) if carry is None else carry
-        state, y = self.stretch(x, state, _said(self, x, axis, keep, said, started, one_step))
+        state, y = _on_mesh(self, x, state, _said(self, x, axis, keep, said, started, one_step))
         return (state, jnp.ones(lead, bool) if keep == "all" else started | (x.shape[axis] > 0)), y
 
 # %% ../nbs/05_contract.ipynb #150172d0

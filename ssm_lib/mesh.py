@@ -24,12 +24,11 @@ def make_mesh(
     batch: int = 1,  # devices that share the samples
     time: int = 1,  # devices that share the steps of a sequence
     space: int | tuple = 1,  # devices that share the first axis of the grid, or a number for each axis
-    devices=None,  # at least as many; those of JAX by default
 ) -> Mesh:
-    "A mesh of the first of the devices. Raises ValueError where there are too few."
+    "A mesh of the first devices there are. Raises ValueError where there are too few."
     cuts = {"batch": batch, "time": time} | dict(zip(SPACE, (space,) if isinstance(space, int) else space))
     cuts = {name: n for name, n in cuts.items() if n > 1 or name == "batch"}
-    devices, n = jax.devices() if devices is None else list(devices), math.prod(cuts.values())
+    devices, n = jax.devices(), math.prod(cuts.values())
     if n > len(devices):
         raise ValueError(f"mesh is {cuts}, {n} devices; there are {len(devices)}. Cut less.")
     return Mesh(np.array(devices[:n]).reshape(*cuts.values()), tuple(cuts), axis_types=(AxisType.Auto,) * len(cuts))
