@@ -16,6 +16,7 @@ import flax.linen as nn
 from .checks import Choice, Flag, FloatType, Function, Made, Maybe, Number, Size
 from .contract import Recurrent
 from .discretization import matched
+from .mesh import manual_axes
 from .space import Space
 
 # %% ../nbs/30_blocks.ipynb #185d68a2
@@ -116,7 +117,8 @@ class SequenceLayer(Recurrent):
         within = self.space.out(self.d_model) if self.space else self.d_model
         self.seq = self.ssm(d_model=within) if self.ssm else None
         self.memory = self.param("memory", nn.initializers.zeros, (within,)) if self.ssm and self.rezero else None
-        share = dict(use_running_average=not self.training, axis_name=self.axis_name)
+        everywhere = tuple(dict.fromkeys(filter(None, (self.axis_name, *manual_axes()))))
+        share = dict(use_running_average=not self.training, axis_name=everywhere or None)
         norms = {"layer": nn.LayerNorm, "batch": partial(nn.BatchNorm, **share), "none": lambda dtype: lambda x: x}
         self.normalize = norms[self.norm](dtype=self.dtype)
         self.gate = Gate(self.activation, within, self.dropout, self.training, self.dtype)

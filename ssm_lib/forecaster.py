@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from .checks import Array, Each, Flag, Made, Maybe, Number, Size, shown
 from .contract import Recurrent
 from .discretization import matched
+from .mesh import cut_axes, own_part
 from .scan import scan_in_segments, varying_as
 from .space import Band, within
 
@@ -107,11 +108,15 @@ def _observed(forecaster):
     if observed.shape != shape:
         name = 'variables["fixed"]["observed"]'
         raise ValueError(f"{name} has shape {observed.shape}; expected {shape}, True or False each.")
+    for i, name in enumerate(cut_axes(len(shape) - 1)):
+        observed = own_part(observed, i, name)
     return observed
 
 
 def _one_by_one(forecaster, x, inputs, carry, times):
     "Frames with gaps, one by one, as each fills the next; the carry is the model's, and the last prediction, scaled."
+    if times.axis_name is not None:
+        raise ValueError("the mesh cuts time, and gaps is True; expected batch or space: each frame fills the next.")
     axis, observed = times.axis, _observed(forecaster)
     mean, std = (jnp.asarray(z, x.dtype) for z in (forecaster.mean, forecaster.std))
     if forecaster.is_initializing():
@@ -188,6 +193,8 @@ class Seasonal(Recurrent):
         self.usual = self.variable("fixed", "usual", jnp.zeros, (self.phases, *self.frame[:-1], len(self.std)))
 
     def stretch(self, x, carry, times):
+        if times.axis_name is not None or any(cut_axes(len(self.frame) - 1)):
+            raise ValueError("the mesh cuts time or space, and the model is seasonal; expected a mesh that cuts batch.")
         said = {"dt": times.dt, "mask": times.mask, "reset": times.reset}
         wrong = [name for name, value in said.items() if value is not None]
         if wrong:

@@ -25,8 +25,9 @@ from .system import Diagonal
 # %% ../nbs/31_models.ipynb #5e9e0001
 def _in_segments(model, x, carry, times):
     "A stretch, `model.segment` frames at a time; its gradient keeps the carries between, and works out the rest again."
-    if model.whole_only:
-        raise ValueError(f"segment is {model.segment}; expected None: {model.whole_only}")
+    if model.whole_only or times.axis_name is not None:
+        why = model.whole_only or "the mesh cuts time, so that each device has a part of the frames."
+        raise ValueError(f"segment is {model.segment}; expected None: {why}")
     module, variables = model.unbind()
     module, axis = module.clone(segment=None), times.axis
     cut, dt = (times, None) if times.dt_varies else (replace(times, dt=None), times.dt)

@@ -282,7 +282,7 @@ def scan_in_segments(
         return state, jax.tree.map(lambda ys, y: _put(ys, y, start, axis), ys, y)
 
     like = jax.eval_shape(f, state, jax.tree.map(lambda x: _part(x, 0, min(size, x.shape[axis]), axis), xs))[1]
-    room = lambda y: jnp.zeros_like(y, shape=(*y.shape[:axis], L, *y.shape[axis + 1 :]))
+    room = lambda y: varying_as(y, jnp.zeros((*y.shape[:axis], L, *y.shape[axis + 1 :]), y.dtype))
     carry = state, jax.tree.map(room, like)
     if reverse and rest:
         carry = segment(carry, n * size, rest)

@@ -20,9 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax.linen.dtypes import promote_dtype
 
-from .checks import Array, Choice, Each, Flag, Function, Made, Maybe, Number, Size, shown, takes
+from .checks import Array, Choice, Each, Flag, Function, Made, Maybe, Number, Size, Text, shown, takes
 from .checks import check_fields, per_axis
 from .discretization import common_dtype
+from .mesh import cut_axes, handed_on, is_end, own_part
 from .system import product, project, read_out, to_complex
 
 # %% ../nbs/29_space.ipynb #58ed4cc4
@@ -86,6 +87,16 @@ class Space(nn.Module, kw_only=True):
         raise ValueError(f"{name} belongs to its grid {old}; expected the same, got {new}. Train it there.")
 
 # %% ../nbs/29_space.ipynb #b18d3b44
+def _check_whole(space, axes, why):
+    "Raise a ValueError where one of these axes of the grid is cut by a mesh."
+    for i in axes:
+        if name := cut_axes(len(space.grid))[i]:
+            raise ValueError(
+                f"the mesh cuts {name}, axis {i} of the grid, and {type(space).__name__} has {why}; "
+                "expected a mesh that leaves it whole. Cut batch or time, or take another space."
+            )
+
+
 class Dense(Space):
     "The frame as one vector of `width` features (all F of them by default), with one state. Parameters as in `Space`."
 
@@ -98,6 +109,7 @@ class Dense(Space):
         self.decoder = nn.Dense(math.prod(self.grid) * (self.d_vars or 1), dtype=self.dtype)
 
     def lift(self, x):
+        _check_whole(self, range(len(self.grid)), "one state for the whole frame")
         return self.encoder(x.reshape(*x.shape[: x.ndim - len(self.grid) - 1], -1))
 
     def read(self, h):
@@ -145,17 +157,27 @@ PADDING = {"periodic": "wrap", "zero": "constant", "reflect": "symmetric", "repl
 BOUNDARIES = tuple(PADDING)
 
 
-@takes(h=Array("(…)", "numbers"), axis=Size(None), n=Size(0), boundary=Choice(BOUNDARIES))
+@takes(h=Array("(…)", "numbers"), axis=Size(None), n=Size(0), boundary=Choice(BOUNDARIES), axis_name=Maybe(Text()))
 def extend(
     h: jax.Array,  # (…, N, …)
     axis: int,  # along which
     n: int,  # places more at either end
     boundary: str,  # what is there
+    axis_name: str | None = None,  # of the mesh axis that cuts this one, inside `jax.shard_map`: N places a device
 ) -> jax.Array:  # (…, n + N + n, …)
-    "A field with what is beyond its edges."
-    widths = [(0, 0)] * h.ndim
-    widths[axis] = (n, n)
-    return jnp.pad(h, widths, mode=PADDING[boundary])
+    "A field with what is beyond its edges; a device's part of it, with what the devices beside have there."
+    pad = lambda x, *widths: jnp.pad(x, [widths if i == axis % h.ndim else (0, 0) for i in range(h.ndim)], PADDING[boundary])
+    if axis_name is None or n == 0:
+        return pad(h, n, n)
+    part, N = partial(jax.lax.slice_in_dim, h, axis=axis), h.shape[axis]
+    if n > N:
+        raise ValueError(f"{n} places beyond an edge are read, and a device has {N}; expected no more. Cut less.")
+    before, after = handed_on(part(N - n, N), axis_name), handed_on(part(0, n), axis_name, -1)
+    if boundary != "periodic":
+        own = lambda x, a, b, start: jax.lax.slice_in_dim(pad(x, a, b), start, start + n, axis=axis)
+        before = jnp.where(is_end(axis_name, last=False), own(part(0, n), n, 0, 0), before)
+        after = jnp.where(is_end(axis_name, last=True), own(part(N - n, N), 0, n, n), after)
+    return jnp.concatenate([before, h, after], axis)
 
 # %% ../nbs/29_space.ipynb #1f007746
 def _taps(x, sizes, dilation):
@@ -245,8 +267,9 @@ def convolve(
 
 
 def _with_margins(h, sizes, boundary, dilation):
-    for axis, size, edge, d in zip(range(-len(sizes) - 1, -1), sizes, boundary, dilation):
-        h = extend(h, axis, size // 2 * d, edge)
+    n, cut = len(sizes), cut_axes(len(sizes))
+    for axis, size, edge, d, name in zip(range(-n - 1, -1), sizes, boundary, dilation, cut):
+        h = extend(h, axis, size // 2 * d, edge, name)
     return h
 
 # %% ../nbs/29_space.ipynb #a6d7c2f0
@@ -334,6 +357,7 @@ class Separable(Space):
 
     @nn.compact
     def mix(self, h):
+        _check_whole(self, range(len(self.grid)), "a matrix for all places of an axis")
         normal = nn.initializers.lecun_normal()
         for i, N in enumerate(self.grid):
             axis, full = i - len(self.grid) - 1, self.rank is None or self.rank >= N
@@ -375,14 +399,17 @@ def map_waves(
     last = max((i for i, edge in enumerate(boundary) if edge == "periodic"), default=None)
     order = sorted(range(n), key=lambda i: i != last)  # a real field becomes half as many complex waves first
     kind = jnp.complex64 if real == jnp.float32 else jnp.complex128
-    back, z = {}, h
+    back, z, cut = {}, h, cut_axes(n)
     for i in order:
         full = boundary[i] == "periodic" and i != last
         m = (W.shape[i] - 1) // (2 if full else 1)
-        k, *ways = waves(h.shape[i - n - 1], m, boundary[i], half=i == last)
-        there, back[i] = (jnp.asarray(way, kind if np.iscomplexobj(way) else real) for way in ways)
+        devices = 1 if cut[i] is None else jax.lax.psum(1, cut[i])
+        k, *ways = waves(h.shape[i - n - 1] * devices, m, boundary[i], half=i == last)
+        ways = (jnp.asarray(way, kind if np.iscomplexobj(way) else real) for way in ways)
+        there, back[i] = (own_part(way, axis, cut[i]) for axis, way in enumerate(ways))
         W = jnp.take(W, k + m if full else k, axis=i)
         z = along(lambda z: project(there.T, z) if i == last else product(z, there), z, i - n - 1)
+    z = jax.lax.psum(z, tuple(filter(None, cut)))  # each device has added up its own places
     if W.shape[-2] == 1 < h.shape[-1]:
         z = z * W[..., 0, :]
     else:
@@ -463,21 +490,30 @@ class Band(NamedTuple):
         return self
 
 
+def _mean_of_frame(h, n):
+    "The mean over n axes of space, which may be cut; they stay, as ones."
+    return jax.lax.pmean(h.mean(range(h.ndim - n - 1, h.ndim - 1), keepdims=True), tuple(filter(None, cut_axes(n))))
+
+
 @takes(h=Array("(…, C)"), band=Made(Band, "fit_band(frames)"))
 def within(
     h: jax.Array,  # (…, *space, C) real
     band: Band,
 ) -> jax.Array:  # the same
     "The part of a field that the waves of a band make."
-    n = len(band.waves)
+    n, cut = len(band.waves), cut_axes(len(band.waves))
     band.checked(n, h.shape[-1])
     for i, m in enumerate(band.waves):
-        if m is not None:
+        if m is not None and cut[i] is None:
             _, there, back = waves(h.shape[i - n - 1], m, band.boundary[i])
             kept = jnp.asarray((there @ back).real, h.dtype)
             h = along(lambda h: product(h, kept), h, i - n - 1)
-    mean = h.mean(range(h.ndim - n - 1, h.ndim - 1), keepdims=True)
-    return h - jnp.where(jnp.asarray(band.mean), 0, mean)
+        elif m is not None:
+            _, *ways = waves(h.shape[i - n - 1] * jax.lax.psum(1, cut[i]), m, band.boundary[i])
+            there, back = (own_part(jnp.asarray(way), axis, cut[i]) for axis, way in enumerate(ways))
+            told = jax.lax.psum(along(lambda h: product(h.astype(there.dtype), there), h, i - n - 1), cut[i])
+            h = along(lambda z: product(z, back).real.astype(h.dtype), told, i - n - 1)
+    return h - jnp.where(jnp.asarray(band.mean), 0, _mean_of_frame(h, n))
 
 # %% ../nbs/29_space.ipynb #a188840c
 POLES = {name: Array("(P, C)", "numbers") for name in ("Lambda", "C_right", "C_left")}
@@ -577,6 +613,7 @@ class Scan(Space):
     @nn.compact
     def mix(self, h):
         wide = h.astype(common_dtype(h.dtype, jnp.float32))
+        _check_whole(self, [i for i, _ in self.chosen()], "a scan along it, by its waves")
         for i, edge in self.chosen():
             axis = i - len(self.grid) - 1
             if self.ssm is not None:
@@ -626,7 +663,7 @@ class Mean(Space):
 
     @nn.compact
     def mix(self, h):
-        mean = h.mean(tuple(range(-len(self.grid) - 1, -1)), keepdims=True)
+        mean = _mean_of_frame(h, len(self.grid))
         y = nn.Dense(self.out(h.shape[-1]), dtype=self.dtype, name="features")(mean)
         return jnp.broadcast_to(y, (*h.shape[:-1], y.shape[-1]))
 
