@@ -7,6 +7,7 @@ __all__ = ['inference', 'Recurrent', 'SSMLayer']
 
 # %% ../nbs/05_contract.ipynb #755d5acc
 from dataclasses import replace
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -80,6 +81,8 @@ def _said(module, x, axis, keep, said, started=None, one_step=False):
 def _cuts(x, axis):
     "For each axis of a stretch the mesh axis that cuts it, or None; a ValueError where it is not a multiple."
     devices = mesh_to_follow()
+    if not devices:
+        return [None] * x.ndim
     at = {"batch": 0 if axis else None, "time": axis if x.shape[axis] > 1 else None}
     at |= dict(zip(SPACE, range(axis + 1, x.ndim - 1)))
     names = {i: name for name, i in at.items() if i is not None and devices.get(name, 1) > 1}
@@ -105,11 +108,11 @@ def _padded(x, times, n):
     return behind(x, 0), replace(times, mask=behind(there, False), **said)
 
 
-def _device_key(key, names):
-    "A random key for this device."
+def _own_keys(keys, names):
+    "Random keys of this device's own."
     for name in names:
-        key = jax.random.fold_in(key, jax.lax.axis_index(name))
-    return {"dropout": key}
+        keys = {use: jax.random.fold_in(key, jax.lax.axis_index(name)) for use, key in keys.items()}
+    return keys
 
 # %% ../nbs/05_contract.ipynb #05d00003
 def _on_mesh(module, x, carry, times):
@@ -120,24 +123,26 @@ def _on_mesh(module, x, carry, times):
     if not used or module.is_initializing():
         return module.stretch(x, carry, times)
     inner, variables = module.unbind()
-    after = jax.eval_shape(lambda: inner.apply(variables, x, carry, times, method="stretch")[0])
+    renewed = [name for name in variables if name != "params" and module.is_mutable_collection(name)]
+    keys = {"dropout": module.make_rng("dropout")} if module.has_rng("dropout") else {}
+    run = partial(inner.apply, method="stretch", mutable=renewed)
+    alone = lambda keys: run(variables, x, carry, times, rngs=keys)[0][0]
+    after = None if times.keep == "none" else jax.eval_shape(alone, keys)
     if names[axis]:
         x, times = _padded(x, replace(times, axis_name="time"), mesh_to_follow()["time"])
-    renewed = [name for name in variables if name != "params" and module.is_mutable_collection(name)]
-    key = module.make_rng("dropout") if module.has_rng("dropout") else None
 
-    def part(variables, key, x, carry, times):
+    def part(variables, keys, x, carry, times):
         variables = jax.tree.map(lambda z: varying_as(x, z), variables)
-        rngs = {} if key is None else _device_key(key, used)
-        return inner.apply(variables, x, carry, times, method="stretch", rngs=rngs, mutable=renewed)
+        (carry, y), changed = run(variables, x, carry, times, rngs=_own_keys(keys, used))
+        return (None if times.keep == "none" else carry, y), jax.lax.pmean(changed, tuple(used))
 
     state = without_axis(tuple(names[:-1]), axis)
     spec = lambda z, names: PartitionSpec(*(name if size > 1 else None for name, size in zip(names, z.shape)))
     specs = lambda tree, names: jax.tree.map(lambda z: spec(z, names), tree)
     given = PartitionSpec(), PartitionSpec(), PartitionSpec(*names), specs(carry, state), specs(times, names)
     made = (specs(after, names if times.keep == "all" else state), PartitionSpec(*names)), PartitionSpec()
-    run = jax.jit(jax.shard_map(part, in_specs=given, out_specs=made, axis_names=set(used)))
-    (carry, y), changed = run(variables, key, x, carry, times)
+    parts = jax.jit(jax.shard_map(part, in_specs=given, out_specs=made, axis_names=set(used)))
+    (carry, y), changed = parts(variables, keys, x, carry, times)
     for collection, values in changed.items():
         for name, value in values.items():
             module.put_variable(collection, name, value)

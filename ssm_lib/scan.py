@@ -58,11 +58,16 @@ def _from_before(x, axis_name, reverse):
     return jnp.where(is_end(axis_name, last=reverse), jnp.zeros_like(came), came)
 
 
+def _varies_over(x):
+    "The axes of a mesh over which an array, or one to be, may differ inside `jax.shard_map`."
+    x = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
+    kind = getattr(x, "manual_axis_type", getattr(x, "mat", None))
+    return (getattr(x, "vma", None) if kind is None else kind.varying) or frozenset()  # vma until jax 0.10
+
+
 def varying_as(like, x):
     "x, which may differ from device to device as `like` does inside `jax.shard_map`: a loop wants it said."
-    like, own = jax.typeof(like), jax.typeof(x)
-    axes_of = lambda t: t.mat.varying if hasattr(t, "mat") else getattr(t, "vma", frozenset())  # until jax 0.10
-    axes = tuple(axes_of(like) - axes_of(own))
+    axes = tuple(_varies_over(like) - _varies_over(x))
     if not axes:
         return x
     return jax.lax.pcast(x, axes, to="varying") if hasattr(jax.lax, "pcast") else jax.lax.pvary(x, axes)
@@ -142,16 +147,25 @@ def _pick(backend, constant, L, width):
     return "lanes" if constant and 32 <= width <= 64 and 2048 <= L <= 16384 else "sequential"
 
 # %% ../nbs/01_scan.ipynb #01d00001
+def _heard(a, x, constant, reverse, axis_name):
+    "The state before a device's stretch, of what each makes of its own: product of poles a, last state x from zero."
+    n, me, by, far = jax.lax.psum(1, axis_name), jax.lax.axis_index(axis_name), -1 if reverse else 1, 1
+    me = n - 1 - me if reverse else me
+    while far < n:  # twice as many devices in each round
+        came = lambda z: handed_on(z, axis_name, by * far)
+        x = x + jnp.where(me >= far, a * came(x), 0)
+        a, far = a * (a if constant else jnp.where(me >= far, came(a), 1)), 2 * far
+    return _from_before(x, axis_name, reverse)
+
+
 def _over_devices(scan, axis_name):
     "A backend where time is cut: each device its stretch from zero; then the states between, and what these add."
 
     def run(a, b, reverse, axis):
-        gathered = lambda z: jax.lax.all_gather(_end(z, axis, reverse), axis_name, axis=axis, tiled=True)
         inside = scan(a, b, reverse, axis)
         kept = scan(a, impulse(_end(a, axis, not reverse), b.shape[axis], axis, reverse), reverse, axis)
-        products = _end(kept, axis, reverse) if a.shape[axis] == 1 else gathered(kept)
-        ends = steps_before(_sequential(products, gathered(inside), reverse, axis), axis, reverse)
-        return inside + kept * jax.lax.dynamic_slice_in_dim(ends, jax.lax.axis_index(axis_name), 1, axis)
+        ends = (_end(z, axis, reverse) for z in (kept, inside))
+        return inside + kept * _heard(*ends, a.shape[axis] == 1, reverse, axis_name)
 
     return run
 

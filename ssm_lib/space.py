@@ -165,8 +165,10 @@ def extend(
     boundary: str,  # what is there
     axis_name: str | None = None,  # of the mesh axis that cuts this one, inside `jax.shard_map`: N places a device
 ) -> jax.Array:  # (…, n + N + n, …)
-    "A field with what is beyond its edges; a device's part of it, with what the devices beside have there."
-    pad = lambda x, *widths: jnp.pad(x, [widths if i == axis % h.ndim else (0, 0) for i in range(h.ndim)], PADDING[boundary])
+    "A field with what is beyond its edges; of a part, with what the devices beside have there."
+    axis = axis % h.ndim
+    widths = lambda a, b: [(a, b) if i == axis else (0, 0) for i in range(h.ndim)]
+    pad = lambda x, a, b: jnp.pad(x, widths(a, b), PADDING[boundary])
     if axis_name is None or n == 0:
         return pad(h, n, n)
     part, N = partial(jax.lax.slice_in_dim, h, axis=axis), h.shape[axis]

@@ -1,0 +1,188 @@
+"""Laws of programs on a mesh of eight simulated devices, each law a function; `test_mesh.py` runs them in processes of their own.
+
+    python tests/mesh_laws.py layers     # one of them by hand
+"""
+
+import re
+import sys
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from sweep import EQUAL_STEPS_ONLY, KEY, LAYERS, WHOLE_ONLY, noise
+
+from ssm_lib import LRU, S5SSM, BatchStackedSSM2DModel, Forecaster, SequenceLayer, linear_scan, next_frame_loss, rollout, space
+from ssm_lib.mesh import make_mesh
+from ssm_lib.recipes import conv_s5, conv_spectral, fno, residual_conv
+
+RNG = np.random.default_rng(0)
+GRID = 8, 12
+
+
+def on(cuts, program, *args):
+    with jax.set_mesh(make_mesh(**cuts)):
+        return jax.jit(program)(*args)
+
+
+def like_one_device(program, args, cuts, tolerance=1e-5, only=lambda made: made):
+    "What a program gives on a mesh is what it gives on one device."
+    want = jax.jit(program)(*args)
+    for cut in cuts:
+        made = on(cut, program, *args)
+        for got, alone in zip(jax.tree.leaves(only(made)), jax.tree.leaves(only(want)), strict=True):
+            np.testing.assert_allclose(got, alone, atol=tolerance * max(np.abs(alone).max(), 1e-30), rtol=0, err_msg=str(cut))
+
+
+def scan():
+    "`linear_scan` cut in two, four and eight: both ways, poles of all kinds, a start state, its gradient."
+    L, P = 24, 5
+    Lambda = jnp.asarray(RNG.uniform(0.6, 0.999, P) * np.exp(1j * RNG.uniform(0, np.pi, P)), jnp.complex64)
+    u, x0 = (jnp.asarray(RNG.normal(size=s) + 1j * RNG.normal(size=s), jnp.complex64) for s in ((2, L, P), (2, P)))
+    spec = lambda z: jax.P(*[None] * (z.ndim - 2), "time") if z.ndim > 1 else jax.P()
+    for power in (1, RNG.uniform(0.5, 2, (L, 1)), RNG.uniform(0.5, 2, (2, L, 1))):
+        a = (Lambda**power).astype(jnp.complex64)
+
+        def run(a, u, x0, reverse, cut):
+            scan = partial(linear_scan, reverse=reverse, axis_name="time" if cut else None)
+            if not cut:
+                return scan(a, u, x0)
+            return jax.shard_map(scan, in_specs=(spec(a), spec(u), jax.P()), out_specs=spec(u))(a, u, x0)
+
+        def both(a, u, x0, cut):
+            square = lambda *z: jnp.sum(jnp.abs(run(*z, reverse, cut)) ** 2)
+            made = []
+            for reverse in (False, True):
+                made += [run(a, u, x0, reverse, cut), jax.grad(square, (0, 1, 2))(a, u, x0)]
+            return made
+
+        want = jax.jit(partial(both, cut=False))(a, u, x0)
+        for n in (2, 4, 8):
+            got = on({"time": n}, partial(both, cut=True), a, u, x0)
+            for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+                np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max())
+
+
+def layers():
+    "Every layer's whole sequence, carry and gradient where time is cut: irregular, with gaps and new starts, of no even length."
+    u, dt = noise(2, 21, 3), jnp.asarray(RNG.uniform(0.5, 2, (2, 21)), jnp.float32)
+    said = {"mask": RNG.random((2, 21)) < 0.8, "reset": RNG.random((2, 21)) < 0.15, "dt": dt}
+    for name, (make, tolerance) in (LAYERS | WHOLE_ONLY).items():
+        layer = make(d_model=3)
+        v = jax.jit(layer.init)(KEY, u)
+        for told, cut in (({}, {"time": 8}), (said, {"batch": 2, "time": 4})):
+            told = {k: z for k, z in told.items() if k != "dt" or name not in EQUAL_STEPS_ONLY}
+
+            def ways(v, u, layer=layer, told=told):
+                square = lambda v, u: jnp.sum(layer.apply(v, u, **told) ** 2)
+                carried = () if layer.whole_only else layer.apply(v, u, **told, method="prefill")
+                return layer.apply(v, u, **told), carried, jax.grad(square, (0, 1))(v, u)
+
+            like_one_device(ways, (v, u), [cut], 10 * tolerance)  # a gradient adds up many
+            like_one_device(ways, (v, u), [cut], tolerance, only=lambda made: made[:2])
+
+
+def blocks():
+    "Batch statistics are those of the whole batch, wherever it lies; dropout differs from device to device."
+    u = noise(8, 8, 3)
+    block = SequenceLayer(partial(S5SSM, d_hidden=8, blocks=1), 3, norm="batch")
+    v = jax.jit(block.init)(KEY, u)
+    renew = lambda v, u: block.apply(v, u, mutable=["batch_stats"])
+    like_one_device(renew, (v, u), [{"batch": 4}, {"batch": 2, "time": 4}])
+    drops = SequenceLayer(partial(S5SSM, d_hidden=8, blocks=1), 3, norm="none", dropout=0.5, prenorm=False)
+    v = jax.jit(drops.init)({"params": KEY, "dropout": KEY}, u)
+    same = jnp.broadcast_to(u[:1], u.shape)
+    y = on({"batch": 8}, lambda v, u: drops.apply(v, u, rngs={"dropout": KEY}), v, same)
+    assert len({np.asarray(row).tobytes() for row in y}) > 2  # of few features, some are alike by chance
+
+
+def models():
+    "Models on a grid: call, gradient and rollout as on one device, cut where the field is, whatever is beyond its edges."
+    x = noise(2, 6, *GRID, 2)
+    field = conv_s5(GRID, 2, width=4, d_hidden=4, n_layers=2, boundary="reflect")
+    increments = partial(Forecaster, field, (0.1, 0.2), (1.0, 2.0), (0.1, 0.1))
+    tried = {
+        "conv_s5": field,
+        "edges": residual_conv(GRID, 2, width=4, n_layers=1, boundary=("replicate", "zero")),
+        "waves": conv_spectral(GRID, 2, width=4, n_layers=1, modes=3),
+        "filters": conv_spectral(GRID, 2, width=4, n_layers=1, modes=2, depthwise=True),
+        "mirrors": fno(GRID, 2, width=4, n_layers=1, modes=3, boundary=("reflect", "periodic")),
+        "band": increments(band=space.Band((2, 3), (False, True), ("periodic", "reflect"))),
+        "mean": BatchStackedSSM2DModel(partial(LRU, d_hidden=4), GRID, 2, 1, width=4, space=space.Sum((space.Space(), space.Mean()))),
+    }
+    for name, model in tried.items():
+        v = jax.jit(model.init)(KEY, x)
+
+        def ways(v, x, model=model):
+            slope = jax.grad(lambda v: next_frame_loss(model, v, x, KEY))(v)["params"]
+            return model.apply(v, x), slope, rollout(model, v, x[:, :2], 3)
+
+        cuts = [{"batch": 2, "space": (2, 2)}, {"time": 2, "space": 4}] if name in ("conv_s5", "edges") else [{"space": (4, 2)}]
+        like_one_device(ways, (v, x), cuts)
+    gaps, holes = increments(gaps=True), jnp.where(jnp.asarray(RNG.random(x.shape)) < 0.1, jnp.nan, x)
+    v = jax.jit(gaps.init)(KEY, x)
+    v["fixed"]["observed"] = jnp.asarray(RNG.random((*GRID, 2)) < 0.8)
+    like_one_device(lambda v, x: (gaps.apply(v, x), rollout(gaps, v, x[:, :3], 2)), (v, holes), [{"batch": 2, "space": (2, 2)}])
+
+
+def sent(compiled):
+    "Kind and bytes of what each device sends or hears in a compiled program."
+    sizes = {"f32": 4, "c64": 8, "pred": 1, "s32": 4}
+    kinds = "all-gather|all-to-all|collective-permute|all-reduce|reduce-scatter"
+    found = re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", compiled.as_text())
+    of = lambda shapes: sum(
+        sizes[kind] * int(np.prod([int(n) for n in shape.split(",") if n])) for kind, shape in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
+    )
+    return [(kind, of(shapes)) for shapes, kind in found]
+
+
+def messages():
+    "What is sent at once is no more than a row of features, or a state; gradients are added up. Samples alone send nothing."
+    x = noise(8, 64, 16, 16, 2)
+    model = conv_s5((16, 16), 2, width=8, d_hidden=8, n_layers=2)
+    v = jax.jit(model.init)(KEY, x)
+    parameters = 4 * sum(p.size for p in jax.tree.leaves(v))
+    programs = {"call": model.apply, "gradient": jax.grad(lambda v, x: jnp.mean(model.apply(v, x) ** 2))}
+    for cut in ({"batch": 8}, {"space": 4}, {"batch": 2, "space": (2, 2)}, {"time": 8}, {"batch": 2, "time": 2, "space": 2}):
+        row = 4 * 16 * x[..., 0].size // (cut.get("batch", 1) * cut.get("time", 1)) // 16
+        if isinstance(cut.get("space"), tuple):
+            row = row // 2 * 10 // 8  # of half a field, with the margins it already has
+        state = 8 * 8 * x[:, 0, ..., 0].size // cut.get("batch", 1)
+        for name, program in programs.items():
+            with jax.set_mesh(make_mesh(**cut)):
+                moved = sent(jax.jit(program).lower(v, x).compile())
+            assert max((size for kind, size in moved if kind != "all-reduce"), default=0) <= max(row, state), (cut, name, moved)
+            assert {kind for kind, _ in moved} <= {"collective-permute", "all-reduce"}, (cut, name, moved)
+            assert sum(size for kind, size in moved if kind == "all-reduce") <= parameters, (cut, name, moved)
+            assert not moved or cut != {"batch": 8} or name == "gradient"
+
+
+def refusals():
+    "What can't be cut says so in a line, before any compute."
+    dense = BatchStackedSSM2DModel(partial(LRU, d_hidden=4), GRID, 1, 1)
+    seen = lambda **said: BatchStackedSSM2DModel(partial(LRU, d_hidden=4), GRID, 1, 1, width=4, **said)
+    x = noise(2, 6, *GRID, 1)
+    for model, cut, words in (
+        (dense, {"space": 2}, "Dense has one state for the whole frame"),
+        (seen(space=space.Separable()), {"space": 2}, "Separable has a matrix"),
+        (seen(space=space.Scan()), {"space": (1, 2)}, "cuts space_1, axis 1 of the grid, and Scan has a scan along it"),
+        (seen(space=space.Conv(3)), {"batch": 4}, "expected a multiple of 4 on axis 0"),
+        (seen(space=space.Conv(3)), {"space": (1, 8)}, "expected a multiple of 8 on axis 3"),
+        (seen(space=space.Conv(5)), {"space": 8}, "2 places beyond an edge are read, and a device has 1"),
+        (seen(space=space.Conv(3), segment=2), {"time": 2}, "segment is 2; expected None: the mesh cuts time"),
+        (Forecaster(seen(space=space.Conv(3)), (0.0,), (1.0,), (1.0,), gaps=True), {"time": 2}, "the mesh cuts time, and gaps is True"),
+    ):
+        v = jax.eval_shape(model.init, KEY, x)
+        with jax.set_mesh(make_mesh(**cut)):
+            try:
+                jax.eval_shape(model.apply, v, x)
+            except ValueError as error:
+                assert words in str(error) and "\n" not in str(error), error
+                continue
+        raise AssertionError(f"{words}: was taken without a word")
+
+
+if __name__ == "__main__":
+    assert len(jax.devices()) == 8, "run it by test_mesh.py, or with XLA_FLAGS=--xla_force_host_platform_device_count=8"
+    globals()[sys.argv[1]]()
+    print("holds")
