@@ -51,14 +51,16 @@ class Contender(NamedTuple):
     memory: bool
     rezero: bool = True
     free_runs: bool = True
+    restarts: float = 0.0  # in free runs
 
 
 NETS = {
-    "memory": Contender(True),
+    "memory": Contender(True, restarts=0.05),
     "no memory": Contender(False),
     "memory, one step": Contender(True, free_runs=False),
     "no memory, one step": Contender(False, free_runs=False),
-    "memory, open from the start": Contender(True, rezero=False),
+    "memory, no restarts": Contender(True),
+    "memory, no restarts, open from the start": Contender(True, rezero=False),
 }
 
 
@@ -95,7 +97,8 @@ def one_run(points, train, test, updates, kind, seed):
     model = Forecaster(net(points, contender), *fit_normalizer(train), gaps=contender.free_runs)
     variables = jax.jit(model.init)(jax.random.PRNGKey(seed), train[:1, :2])
     units = by_lead(train[:256])
-    taught = partial(free_runs_loss, scale=units, longest=20) if contender.free_runs else partial(next_frame_loss, scale=units[0])
+    freely = partial(free_runs_loss, scale=units, longest=20, restarts=contender.restarts)
+    taught = freely if contender.free_runs else partial(next_frame_loss, scale=units[0])
     schedule = optax.warmup_cosine_decay_schedule(0.0, RATE, updates // 10, updates)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
     batches = window_batches(train, BATCH, FRAMES, seed=seed)

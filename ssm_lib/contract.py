@@ -118,9 +118,9 @@ def _own_keys(keys, names):
 def _on_mesh(module, x, carry, times):
     "`stretch`, by the devices of the mesh in use, if there is one."
     axis, L = times.axis, x.shape[times.axis]
-    names = _cuts(x, axis)
+    names = [] if module.is_initializing() else _cuts(x, axis)
     used = [name for name in names if name]
-    if not used or module.is_initializing():
+    if not used:
         return module.stretch(x, carry, times)
     inner, variables = module.unbind()
     renewed = [name for name in variables if name != "params" and module.is_mutable_collection(name)]
