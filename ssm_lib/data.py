@@ -13,11 +13,14 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from .checks import Array, Choice, Each, Flag, Maybe, Number, Size, check_divides, needs, per_axis, shown, takes
+from .mesh import batch_sharding
 from .space import Band
 
 _POSITIVE = Number(above=0)
@@ -302,19 +305,43 @@ def window_batch(
     share: tuple = (0, 1),  # (i, n): the i-th of n equal parts of the batch, as one of n processes wants it
 ) -> np.ndarray:  # `(batch_size / n, length, *space, C)` float32
     "The batch of random windows that belongs to a step: a function of `(seed, step)`."
-    n, n_frames, *grid = check_trajectories(x).shape[:-1]
-    if length > n_frames:
-        raise ValueError(f"length is {length}; expected at most {n_frames}, the frames of a trajectory.")
     pair = isinstance(share, tuple | list) and len(share) == 2 and all(isinstance(i, int) for i in share)
     if not pair or not 0 <= share[0] < share[1]:
         raise ValueError(f"share is {shown(share)}; expected (i, n) with 0 ≤ i < n: the i-th of n parts.")
     part, parts = share
     check_divides({"batch_size": batch_size}, {"the number of shares": parts})
-    rng, size = np.random.default_rng((seed, step)), batch_size // parts
-    mine = slice(part * size, (part + 1) * size)
-    which, start = rng.integers(n, size=batch_size)[mine], rng.integers(n_frames - length + 1, size=batch_size)[mine]
+    size, draw = batch_size // parts, _draw(x, step, batch_size, length, seed)
+    return _read(x, draw, length, shift, slice(part * size, (part + 1) * size))
+
+
+def _draw(x, step, batch_size, length, seed):
+    "Trajectory, first frame and shift of each window of a batch."
+    n, n_frames, *grid = check_trajectories(x).shape[:-1]
+    if length > n_frames:
+        raise ValueError(f"length is {length}; expected at most {n_frames}, the frames of a trajectory.")
+    rng = np.random.default_rng((seed, step))
+    which, start = rng.integers(n, size=batch_size), rng.integers(n_frames - length + 1, size=batch_size)
+    return which, start, _shifts(rng, batch_size, grid)
+
+
+def _read(x, draw, length, shift, mine):
+    "Some windows of a batch."
+    which, start, shifts = (z[mine] for z in draw)
     batch = np.stack([np.asarray(x[i, t : t + length], np.float32) for i, t in zip(which, start)])
-    return _shifted(batch, _shifts(rng, batch_size, grid)[mine]) if shift else batch
+    return _shifted(batch, shifts) if shift else batch
+
+
+def _on_devices(sharding, x, batch_size, frames, step, *, shift=False, seed=0):
+    "The batch of a step on the devices of a mesh; each sample is read once, where one of them has a part of it."
+    draw, found = _draw(x, step, batch_size, frames(step), seed), {}
+
+    def part(index):
+        mine, *rest = index
+        if str(mine) not in found:
+            found[str(mine)] = _read(x, draw, frames(step), shift, mine)
+        return found[str(mine)][(slice(None), *rest)]
+
+    return jax.make_array_from_callback((batch_size, frames(step), *np.shape(x)[2:]), sharding, part)
 
 
 @takes(batch_size=Size(), start=Size(0))
@@ -326,9 +353,15 @@ def window_batches(
     start: int = 0,  # the first step, to go on from there
     **options,  # shift, seed, share, as in `window_batch`
 ) -> Iterator[np.ndarray]:  # batches `(batch_size, length, *space, C)` float32
-    "The batches of all steps from `start` on, without end. The next two are read while one is used."
+    """The batches of all steps from `start` on, without end. The next two are read while one is used.
+
+    Where a mesh is in use they lie on its devices, and a process reads the samples of its own.
+    """
     frames = length if callable(length) else lambda step: length
     draw = lambda step: window_batch(x, step, batch_size, frames(step), **options)
+    sharding = batch_sharding((batch_size, frames(start), *np.shape(x)[2:]))
+    if sharding is not None:
+        draw = partial(_on_devices, sharding, x, batch_size, frames, **options)
     first = draw(start)  # here, so that what is wrong is said at once
 
     def stream():

@@ -17,6 +17,7 @@ import numpy as np
 
 from .checks import Array, Flag, Maybe, Size, concrete, known, shown, takes
 from .contract import inference
+from .mesh import placed
 from .scan import scan_in_segments
 
 # %% ../nbs/40_rollout.ipynb #8dd7f23f
@@ -208,9 +209,9 @@ def rollout(
     Raises ValueError for a wrong shape, n_steps < 1, or a concrete history that is not finite, and RolloutDivergedError
     if a concrete future is not; the error holds the frames. `check=False` returns them as they are.
     """
-    (model, variables), history = _as_linen(model, variables), jnp.asarray(history)
+    (model, variables), history = _as_linen(model, variables), jnp.asarray(placed(history))
     _check_history(model, history, n_steps, dt, inputs, teacher_forcing)
-    dt, inputs = (None if z is None else jnp.asarray(z) for z in (dt, inputs))
+    dt, inputs = (None if z is None else jnp.asarray(place(z)) for z, place in ((dt, jnp.asarray), (inputs, placed)))
     carry, frames = _rollout(_Made(model), variables, history, n_steps, carry, dt, inputs, teacher_forcing, segment)
     if check and concrete(frames) and not bool(jnp.isfinite(frames).all()):
         good = np.isfinite(np.asarray(frames)).all(axis=(0, *range(2, frames.ndim)))
@@ -263,9 +264,9 @@ def rollout_stream(
 
     Raises ValueError at once for what `rollout` refuses, RolloutDivergedError at the first frame that is not finite.
     """
-    (model, variables), history = _as_linen(model, variables), jnp.asarray(history)
+    (model, variables), history = _as_linen(model, variables), jnp.asarray(placed(history))
     _check_history(model, history, n_steps, dt, inputs)
-    dt, inputs = (None if z is None else jnp.asarray(z) for z in (dt, inputs))
+    dt, inputs = (None if z is None else jnp.asarray(place(z)) for z, place in ((dt, jnp.asarray), (inputs, placed)))
     return _pieces(_Made(model), variables, history, n_steps, chunk, carry, dt, inputs)
 
 # %% ../nbs/40_rollout.ipynb #8c444c7c

@@ -29,6 +29,7 @@ from jax.tree_util import keystr, tree_leaves_with_path
 
 from .checks import Array, FilePath, Flag, Function, Made, Maybe, Number, Size, shown, takes
 from .contract import Recurrent, inference
+from .mesh import everywhere, placed
 from .rollout import check_model, rollout
 from .runs import Moment, Run, digest
 
@@ -394,6 +395,7 @@ def fit(
     """
     if patience is not None and validate is None:
         raise ValueError(f"patience is {patience} without validate; expected a score to wait for. Give validate=.")
+    variables = everywhere(variables)
     params = variables["params"]
     begin = Moment(0, variables, optimizer.init(params), np.zeros(0, np.float32), average=params if average else ())
     with run or contextlib.nullcontext(), _stoppable(run) as asked, _progress(progress, steps) as show:
@@ -405,6 +407,7 @@ def fit(
         key, (done, variables, state, _, _, mean) = jax.random.PRNGKey(seed), moment
         step = done
         for step, batch in enumerate(() if late(moment) else left, done + 1):
+            batch = jax.tree.map(placed, batch)
             out = _update(loss, optimizer, variables, state, mean, batch, key, np.int32(step), average)
             variables, state, mean, value, bad = out
             training.values.append(value), training.bad.append(bad)

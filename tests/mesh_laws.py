@@ -5,6 +5,7 @@
 
 import re
 import sys
+import tempfile
 from functools import partial
 
 import jax
@@ -12,7 +13,24 @@ import jax.numpy as jnp
 import numpy as np
 from sweep import EQUAL_STEPS_ONLY, KEY, LAYERS, WHOLE_ONLY, noise
 
-from ssm_lib import LRU, S5SSM, BatchStackedSSM2DModel, Forecaster, SequenceLayer, linear_scan, next_frame_loss, rollout, space
+from ssm_lib import (
+    LRU,
+    S5SSM,
+    BatchStackedSSM2DModel,
+    Forecaster,
+    Run,
+    SequenceLayer,
+    fit,
+    linear_scan,
+    make_optimizer,
+    next_frame_loss,
+    rollout,
+    rollout_loss,
+    rollout_stream,
+    space,
+    window_batch,
+    window_batches,
+)
 from ssm_lib.mesh import make_mesh
 from ssm_lib.recipes import conv_s5, conv_spectral, fno, residual_conv
 
@@ -155,6 +173,34 @@ def messages():
             assert {kind for kind, _ in moved} <= {"collective-permute", "all-reduce"}, (cut, name, moved)
             assert sum(size for kind, size in moved if kind == "all-reduce") <= parameters, (cut, name, moved)
             assert not moved or cut != {"batch": 8} or name == "gradient"
+
+
+def training():
+    "A run is the same on every mesh, and goes on from where it was stopped on another one; batches lie cut, frames stay so."
+    x = np.asarray(noise(16, 20, *GRID, 2)).cumsum(1)
+    model = conv_s5(GRID, 2, width=4, d_hidden=4, n_layers=1)
+    optimizer, folder = make_optimizer(model, 1e-3, 12), tempfile.mkdtemp()
+
+    def train(steps, run=None):
+        v = jax.jit(model.init)(KEY, x[:1])
+        batches = lambda start: window_batches(x, 8, 4, start=start, shift=True)
+        return fit(partial(rollout_loss, model, history=2), v, batches, optimizer, steps, run=run, check_every=2)
+
+    v, losses = train(12)
+    stages = (4, {"batch": 4, "space": 2}), (8, {"space": 2}), (12, {})
+    for steps, cut in stages:
+        with jax.set_mesh(make_mesh(**cut)):
+            again, told = train(steps, Run(folder, {}))
+            np.testing.assert_allclose(told, losses[:steps], rtol=1e-5)
+    for got, want in zip(jax.tree.leaves(again), jax.tree.leaves(v), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
+    with jax.set_mesh(make_mesh(batch=4, space=2)):
+        batch, alone = next(window_batches(x, 8, 4, shift=True)), window_batch(x, 0, 8, 4, shift=True)
+        np.testing.assert_array_equal(batch, alone)
+        assert {shard.data.shape for shard in batch.addressable_shards} == {(2, 4, 4, 12, 2)}
+        frames = rollout(model, v, x[:8, :2], 6)
+        assert {shard.data.shape for shard in frames.addressable_shards} == {(2, 6, 4, 12, 2)}
+        np.testing.assert_allclose(np.concatenate([*rollout_stream(model, v, x[:8, :2], 6, chunk=4)], 1), frames, atol=1e-5)
 
 
 def refusals():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize("law", ["scan", "layers", "blocks", "models", "messages", "refusals"])
+@pytest.mark.parametrize("law", ["scan", "layers", "blocks", "models", "messages", "training", "refusals"])
 def test_on_eight_devices(law):
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
