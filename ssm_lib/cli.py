@@ -33,6 +33,7 @@ from .data import pde_trajectories
 from .fields import Fields, boundaries, coastlines, date, is_latitude, is_longitude
 from .forecasts import check_output, save_forecasts, where_observed
 from .inputs import known_before
+from .mesh import mesh_of
 from .metrics import fit_linear, spectrum
 from .models import poles_of
 from .pipeline import DataConfig, ModelConfig, Config, TrainingConfig
@@ -115,9 +116,14 @@ class Train:
     out: str | None = None  # folder of the run; a new one under runs/ unless told
     config: str | None = None  # JSON file with options, e.g. the config.json of another run
     tensorboard: bool = False  # write events for TensorBoard into the run, too
+    mesh: str | None = None  # devices that share batch, space or time, e.g. batch=4,space=2
     quiet: bool = False  # say nothing but errors
 
     def __call__(self):
+        with _devices(self.mesh):
+            return self.learned()
+
+    def learned(self):
         config = Config(self.data, self.model, self.training)
         fields = pipeline.open_data(config)
         folder = _folder(self.out, Path(self.data.file).stem)
@@ -131,6 +137,11 @@ class Train:
         if not self.quiet:
             print(f"{folder}: trained in {time.perf_counter() - began:.0f} s. Next: ssm_lib evaluate {folder}")
         return 0
+
+
+def _devices(mesh):
+    "Where a command runs; on one device unless told."
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh_of(mesh))
 
 
 def _folder(out, name):
@@ -301,8 +312,13 @@ class Rollout:
     out: str | None = None  # .nc, .zarr or .npy to write; RUN/forecast.nc unless told
     start: str | None = None  # the last frame that is known, by number or date
     overwrite: bool = False  # whether the output may exist
+    mesh: str | None = None  # devices that share the field, e.g. space=4
 
     def __call__(self):
+        with _devices(self.mesh):
+            return self.forecast()
+
+    def forecast(self):
         if self.steps is not None:
             Size()("steps", self.steps)
         out = check_output(self.out or Path(self.run) / "forecast.nc", overwrite=self.overwrite)

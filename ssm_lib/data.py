@@ -330,7 +330,7 @@ def _read(x, draw, length, shift, mine):
     batch = np.stack([np.asarray(x[i, t : t + length], np.float32) for i, t in zip(which, start)])
     return _shifted(batch, shifts) if shift else batch
 
-
+# %% ../nbs/42_data.ipynb #42d00002
 def _on_devices(sharding, x, batch_size, frames, step, *, shift=False, seed=0):
     "The batch of a step on the devices of a mesh; each sample is read once, where one of them has a part of it."
     draw, found = _draw(x, step, batch_size, frames(step), seed), {}

@@ -7,6 +7,7 @@ import re
 import sys
 import tempfile
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from ssm_lib import (
     Forecaster,
     Run,
     SequenceLayer,
+    cli,
     fit,
     linear_scan,
     make_optimizer,
@@ -201,6 +203,19 @@ def training():
         frames = rollout(model, v, x[:8, :2], 6)
         assert {shard.data.shape for shard in frames.addressable_shards} == {(2, 6, 4, 12, 2)}
         np.testing.assert_allclose(np.concatenate([*rollout_stream(model, v, x[:8, :2], 6, chunk=4)], 1), frames, atol=1e-5)
+
+
+def command_line():
+    "`--mesh` changes nothing but where it runs."
+    at = Path(tempfile.mkdtemp())
+    np.save(at / "x.npy", np.sin(np.linspace(0, 20, 60)[:, None] + np.linspace(0, 2 * np.pi, 16, endpoint=False)).astype("f4"))
+    sizes = "--recipe residual_conv --width 4 --n-layers 1 --updates 6 --rollout 2 --batch-size 4 --quiet".split()
+    for name, mesh in ("alone", []), ("cut", ["--mesh", "batch=2,space=4"]):
+        assert cli.main(["train", str(at / "x.npy"), "--out", str(at / name), *sizes, *mesh]) == 0
+        words = ["rollout", str(at / name), str(at / "x.npy"), "--steps", "5", "--out", str(at / f"{name}.npy")]
+        assert cli.main(words + (["--mesh", "space=8"] if mesh else [])) == 0
+    np.testing.assert_allclose(np.load(at / "cut.npy"), np.load(at / "alone.npy"), atol=1e-5)
+    assert cli.main([*words, "--overwrite", "--mesh", "space=9"]) == 2 and cli.main([*words, "--overwrite", "--mesh", "width=2"]) == 2
 
 
 def refusals():

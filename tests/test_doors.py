@@ -250,6 +250,7 @@ VALID = {
         model=model, learning_rate=1e-3, steps=10, ssm_learning_rate=1e-3, weight_decay=0.1, warmup=0.1, clip=1.0, accumulate=2
     ),
     "mesh.cut_axes": dict(n=2),
+    "mesh.mesh_of": dict(said="batch=1"),
     "mesh.make_mesh": dict(batch=1, time=1, space=(1, 1)),
     "training.free_runs_loss": dict(
         model=fills, variables=fills.init(KEY, frames), x=frames, key=KEY, scale=1.0, longest=2, history=2, restarts=0.5
