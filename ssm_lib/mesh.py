@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['SPACE', 'AXES', 'make_mesh', 'mesh_of', 'mesh_to_follow', 'manual_axes', 'cut_axes', 'batch_sharding', 'placed',
-           'everywhere', 'handed_on', 'own_part', 'is_end']
+           'everywhere', 'as_the_first', 'first_alone', 'handed_on', 'own_part', 'is_end']
 
 # %% ../nbs/01_mesh.ipynb #01c00003
 import math
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -52,7 +53,7 @@ def mesh_of(
 def mesh_to_follow() -> dict:  # name → devices
     "The axes of the mesh in use that are named for what they cut; none inside `jax.shard_map`, which follows them."
     mesh = jax.sharding.get_abstract_mesh()
-    alone = not hasattr(jax, "set_mesh") or mesh.empty or AxisType.Manual in mesh.axis_types  # until jax 0.7
+    alone = not hasattr(jax, "set_mesh") or mesh.empty or AxisType.Manual in mesh.axis_types  # of an old JAX
     names = () if alone else mesh.axis_names
     return {name: mesh.shape[name] for name in names if name in AXES}
 
@@ -109,6 +110,31 @@ def everywhere(
     if not mesh_to_follow():
         return tree
     return jax.device_put(tree, NamedSharding(jax.sharding.get_mesh(), PartitionSpec()))
+
+# %% ../nbs/01_mesh.ipynb #01d00032
+def as_the_first(
+    choice: bool,
+) -> bool:
+    "What the first process has chosen, in all of them."
+    if jax.process_count() == 1:
+        return choice
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.broadcast_one_to_all(np.bool_(choice)))
+
+
+def first_alone(
+    act: Callable,  # of nothing
+):
+    "Let the first process do something while the others wait. Raises ValueError in all where it fails."
+    error = None
+    if jax.process_index() == 0:
+        try:
+            act()
+        except Exception as failed:
+            error = failed
+    if not as_the_first(error is None):
+        raise error or ValueError("the first process could not go on; expected what it says. See its error.")
 
 # %% ../nbs/01_mesh.ipynb #01c0000b
 def handed_on(

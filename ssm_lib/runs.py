@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from .checks import FilePath, Number, shown, takes
+from .mesh import as_the_first, first_alone
 
 # %% ../nbs/38_runs.ipynb #38000007
 class Moment(NamedTuple):
@@ -176,8 +177,8 @@ class Run:
     def __enter__(self):
         self.folder.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:  # if anything fails, the folder is free again
-            stack.enter_context(locked(self.folder))
-            _agree(self.folder / "config.json", self.config)
+            first_alone(lambda: stack.enter_context(locked(self.folder)))
+            first_alone(lambda: _agree(self.folder / "config.json", self.config))
             self.last, self.best = (stack.enter_context(_manager(self.folder / name, KEPT[name])) for name in KEPT)
             self._stack = stack.pop_all()
         return self
@@ -192,7 +193,7 @@ class Run:
             if step > (0 if found is None else found.step):  # damaged
                 self.last.delete(step)
         step = 0 if found is None else found.step
-        _forget_after(step, self.folder / "log.jsonl")
+        first_alone(lambda: _forget_after(step, self.folder / "log.jsonl"))
         if found is not None and found.best[0] == step and self.best.latest_step() != step and step:
             self._keep_best(found)
         return found
@@ -205,9 +206,9 @@ class Run:
     def keep(self, moment: Moment, *, now: bool = False, note: dict | None = None):
         "Note a line in the log; save the moment, if it is time to, and the best variables, if they are new."
         fresh = moment.best[0] == moment.step
-        due = now or fresh or time.monotonic() - self.saved >= self.every
+        due = as_the_first(now or fresh or time.monotonic() - self.saved >= self.every)
         try:
-            if note:
+            if note and jax.process_index() == 0:
                 with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
                     file.write(json.dumps(note) + "\n")
             if not due or moment.step in self.last.all_steps():

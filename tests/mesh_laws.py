@@ -177,22 +177,23 @@ def messages():
             assert not moved or cut != {"batch": 8} or name == "gradient"
 
 
-def training():
-    "A run is the same on every mesh, and goes on from where it was stopped on another one; batches lie cut, frames stay so."
+def trained(steps, folder=None):
+    "A small training, to so many steps, in a run."
     x = np.asarray(noise(16, 20, *GRID, 2)).cumsum(1)
     model = conv_s5(GRID, 2, width=4, d_hidden=4, n_layers=1)
-    optimizer, folder = make_optimizer(model, 1e-3, 12), tempfile.mkdtemp()
+    v = jax.jit(model.init)(KEY, x[:1])
+    batches, loss = lambda start: window_batches(x, 8, 4, start=start, shift=True), partial(rollout_loss, model, history=2)
+    run = Run(folder, {}) if folder else None
+    return x, model, *fit(loss, v, batches, make_optimizer(model, 1e-3, 12), steps, run=run, check_every=2)
 
-    def train(steps, run=None):
-        v = jax.jit(model.init)(KEY, x[:1])
-        batches = lambda start: window_batches(x, 8, 4, start=start, shift=True)
-        return fit(partial(rollout_loss, model, history=2), v, batches, optimizer, steps, run=run, check_every=2)
 
-    v, losses = train(12)
-    stages = (4, {"batch": 4, "space": 2}), (8, {"space": 2}), (12, {})
-    for steps, cut in stages:
+def training():
+    "A run is the same on every mesh, and goes on from where it was stopped on another one; batches lie cut, frames stay so."
+    folder = tempfile.mkdtemp()
+    x, model, v, losses = trained(12)
+    for steps, cut in (4, {"batch": 4, "space": 2}), (8, {"space": 2}), (12, {}):
         with jax.set_mesh(make_mesh(**cut)):
-            again, told = train(steps, Run(folder, {}))
+            again, told = trained(steps, folder)[2:]
             np.testing.assert_allclose(told, losses[:steps], rtol=1e-5)
     for got, want in zip(jax.tree.leaves(again), jax.tree.leaves(v), strict=True):
         np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
@@ -243,7 +244,21 @@ def refusals():
         raise AssertionError(f"{words}: was taken without a word")
 
 
+def process(folder):
+    "One of several processes with eight devices in all: four updates of a run; each reads the samples of its own devices alone."
+    with jax.set_mesh(make_mesh(batch=4, space=2)):
+        x, model, v, losses = trained(4, folder)
+        assert losses.shape == (4,)
+        batch = next(window_batches(x, 8, 4, shift=True))
+        assert sum(shard.data.size for shard in batch.addressable_shards) == batch.size // jax.process_count()
+        assert not rollout(model, v, x[:8, :2], 2).is_fully_addressable
+
+
+def processes(folder):
+    "What several processes began goes on in one, to the same losses."
+    np.testing.assert_allclose(trained(8, folder)[3], trained(8)[3], rtol=1e-5)
+
+
 if __name__ == "__main__":
-    assert len(jax.devices()) == 8, "run it by test_mesh.py, or with XLA_FLAGS=--xla_force_host_platform_device_count=8"
-    globals()[sys.argv[1]]()
+    globals()[sys.argv[1]](*sys.argv[2:])
     print("holds")

@@ -1,6 +1,7 @@
 """Programs on a mesh of devices: the laws of `mesh_laws.py`, each in a process of its own with eight simulated devices."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -8,12 +9,42 @@ from pathlib import Path
 import jax
 import pytest
 
+pytestmark = pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="this JAX has no mesh to follow")
 
-@pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="this JAX has no mesh to follow")
+
+LAWS = Path(__file__).with_name("mesh_laws.py")
+PROCESS = """
+import runpy, sys
+import jax
+n, rank, port, *sys.argv = *map(int, sys.argv[1:4]), *sys.argv[4:]
+jax.config.update("jax_num_cpu_devices", 8 // n)
+jax.distributed.initialize(f"127.0.0.1:{port}", n, rank)
+sys.path.insert(0, sys.argv[0].rpartition("/")[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def started(*words, devices=None):
+    flags = os.environ.get("XLA_FLAGS", "") + (f" --xla_force_host_platform_device_count={devices}" if devices else "")
+    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen([sys.executable, *map(str, words)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def holds(program):
+    said, errors = program.communicate()
+    assert program.returncode == 0 and said.endswith("holds\n"), errors[-3000:]
+
+
 @pytest.mark.parametrize("law", ["scan", "layers", "blocks", "models", "messages", "training", "command_line", "refusals"])
 def test_on_eight_devices(law):
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    file = Path(__file__).with_name("mesh_laws.py")
-    run = subprocess.run([sys.executable, str(file), law], env=env, capture_output=True, text=True)
-    assert run.returncode == 0 and run.stdout.endswith("holds\n"), run.stderr[-3000:]
+    holds(started(LAWS, law, devices=8))
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_several_processes(n, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for program in [started("-c", PROCESS, n, rank, port, LAWS, "process", tmp_path / "run") for rank in range(n)]:
+        holds(program)
+    holds(started(LAWS, "processes", tmp_path / "run"))
