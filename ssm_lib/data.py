@@ -366,12 +366,15 @@ def window_batches(
 
     def stream():
         yield first
-        with ThreadPoolExecutor(1) as reader:
+        reader = ThreadPoolExecutor(1)
+        try:
             ahead = deque(reader.submit(draw, start + k) for k in (1, 2))
             for step in itertools.count(start + 3):
                 batch = ahead.popleft().result()
                 ahead.append(reader.submit(draw, step))
                 yield batch
+        finally:
+            reader.shutdown(wait=False, cancel_futures=True)  # a program that ends does not wait for what it won't use
 
     return stream()
 
