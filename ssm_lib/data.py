@@ -10,6 +10,7 @@ __all__ = ['PDES', 'PIECE', 'check_trajectories', 'pde_trajectories', 'split_tra
 # %% ../nbs/42_data.ipynb #3ee5fecb
 import itertools
 import math
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -362,7 +363,7 @@ def window_batches(
     sharding = batch_sharding((batch_size, frames(start), *np.shape(x)[2:]))
     if sharding is not None:
         draw = partial(_on_devices, sharding, x, batch_size, frames, **options)
-    first = draw(start)  # here, so that what is wrong is said at once
+    first, ending = draw(start), sys.is_finalizing  # here, so that what is wrong is said at once
 
     def stream():
         yield first
@@ -374,7 +375,8 @@ def window_batches(
                 ahead.append(reader.submit(draw, step))
                 yield batch
         finally:
-            reader.shutdown(wait=False, cancel_futures=True)  # a program that ends does not wait for what it won't use
+            if not ending():  # then there is nothing to shut down, nor anything to do it with
+                reader.shutdown(wait=False, cancel_futures=True)
 
     return stream()
 
