@@ -455,13 +455,12 @@ def first_variables(
 def _free_loss(config, model, units):
     "Free runs, from up to `history` frames, of up to `rollout` frames."
     t, found = config.training, config.found
-    fills, said = model.clone(gaps=True), {"restarts": 0.0} if config.model.usual else {}  # days can't begin anew
+    fills = model.clone(gaps=True)
     everywhere = jnp.ones((*found.grid, len(found.variables)), bool)
 
     def loss(variables, batch, key):
         told = {**variables, "fixed": {"observed": everywhere} | variables.get("fixed", {})}
-        options = dict(scale=units, history=t.history, longest=t.rollout - 1)
-        return free_runs_loss(fills, told, batch, key, **options, **said)
+        return free_runs_loss(fills, told, batch, key, scale=units, history=t.history, longest=t.rollout - 1)
 
     return loss
 

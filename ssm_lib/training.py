@@ -125,12 +125,12 @@ def free_runs_loss(
     scale: float = 1.0,  # unit of the error; or (longest + 1, C), one for each lead
     longest: int = 16,  # most frames hidden at a stretch
     history: int = 8,  # most frames seen before such a stretch
-    restarts: float = 0.05,  # how often the state is forgotten where frames are seen again, as where a series begins
+    restarts: float = 0.0,  # how often the state is forgotten where frames are seen again, as where a series begins
 ) -> jax.Array:  # scalar
     """Mean squared error of y[k] against x[k+1], at every position, while the model doesn't see all frames.
 
     In each trajectory it sees 1 to `history` frames, then 0 to `longest` are hidden, then it sees some again, and
-    so on; how many it sees is drawn uniformly in the logarithm. `restarts=0` leaves the state alone.
+    so on; how many it sees is drawn uniformly in the logarithm.
     """
     if not getattr(model, "gaps", False):
         raise ValueError(f"model is {shown(model)}; expected one that fills gaps. Use Forecaster(…, gaps=True).")

@@ -123,7 +123,7 @@ def test_options_of_the_training_count(option, plain, tmp_path):
 
 
 def test_free_runs_are_for_networks_that_remember(tmp_path):
-    """With what is usual around them, too, where days can't begin anew; not where one frame is given, or rollouts are asked for."""
+    """With what is usual around them, too; not where one frame is given, or rollouts are asked for."""
     dated(waves(6), ("x",)).to_netcdf(tmp_path / "x.nc")
     data, model = DataConfig(str(tmp_path / "x.nc")), ModelConfig("dense_s5", width=8, n_layers=1)
     resolved = lambda **training: pipeline.resolve(Config(data, model, TrainingConfig(updates=2, rollout=3, **training)))
