@@ -16,7 +16,7 @@ import flax.linen as nn
 from .checks import Choice, Flag, FloatType, Function, Made, Maybe, Number, Size
 from .contract import Recurrent
 from .discretization import matched
-from .mesh import manual_axes
+from .mesh import parts_by
 from .space import Space
 
 # %% ../nbs/30_blocks.ipynb #185d68a2
@@ -102,6 +102,7 @@ class SequenceLayer(Recurrent):
         "norm": Choice(NORMS), "activation": Choice(ACTIVATIONS), "training": Flag(), "prenorm": Flag(),
         "dtype": Maybe(FloatType()), "space": Maybe(Made(Space, "Conv(3)")), "rezero": Flag(),
     }
+    cuts_time = True
     frame = property(lambda self: (self.d_model,))
     response_steps = property(lambda self: self.seq and self.seq.response_steps)
 
@@ -117,7 +118,7 @@ class SequenceLayer(Recurrent):
         within = self.space.out(self.d_model) if self.space else self.d_model
         self.seq = self.ssm(d_model=within) if self.ssm else None
         self.memory = self.param("memory", nn.initializers.zeros, (within,)) if self.ssm and self.rezero else None
-        everywhere = tuple(dict.fromkeys(filter(None, (self.axis_name, *manual_axes()))))
+        everywhere = tuple(dict.fromkeys(filter(None, (self.axis_name, *parts_by()))))
         share = dict(use_running_average=not self.training, axis_name=everywhere or None)
         norms = {"layer": nn.LayerNorm, "batch": partial(nn.BatchNorm, **share), "none": lambda dtype: lambda x: x}
         self.normalize = norms[self.norm](dtype=self.dtype)

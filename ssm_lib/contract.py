@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 
 from .checks import Array, Maybe, Size, check_fields
 from .discretization import common_dtype
-from .mesh import SPACE, mesh_to_follow
+from .mesh import SPACE, mesh_to_follow, on_parts
 from .run import Plan, run, whole
 from .scan import impulse, varying_as, without_axis
 from .system import System, Times, times_of
@@ -78,14 +78,14 @@ def _said(module, x, axis, keep, said, started=None, one_step=False):
     return replace(times, seen=seen)
 
 # %% ../nbs/05_contract.ipynb #05d00002
-def _cuts(x, axis):
+def _cuts(x, axis, cuts_time):
     "For each axis of a stretch the mesh axis that cuts it, or None; a ValueError where it is not a multiple."
     devices = mesh_to_follow()
     if not devices:
         return [None] * x.ndim
-    at = {"batch": 0 if axis else None, "time": axis if x.shape[axis] > 1 else None}
+    at = {"batch": 0 if axis else None, "time": axis if cuts_time else None}
     at |= dict(zip(SPACE, range(axis + 1, x.ndim - 1)))
-    names = {i: name for name, i in at.items() if i is not None and devices.get(name, 1) > 1}
+    names = {i: name for name, i in at.items() if i is not None and devices.get(name, 1) > 1 and x.shape[i] > 1}
     for i, name in names.items():
         if name != "time" and x.shape[i] % devices[name]:
             raise ValueError(
@@ -109,8 +109,8 @@ def _padded(x, times, n):
 
 
 def _own_keys(keys, names):
-    "Random keys of this device's own."
-    for name in names:
+    "Random keys of this device's own; along time they are the same, as dropout is."
+    for name in set(names) - {"time"}:
         keys = {use: jax.random.fold_in(key, jax.lax.axis_index(name)) for use, key in keys.items()}
     return keys
 
@@ -118,36 +118,45 @@ def _own_keys(keys, names):
 def _on_mesh(module, x, carry, times):
     "`stretch`, by the devices of the mesh in use, if there is one."
     axis, L = times.axis, x.shape[times.axis]
-    names = [] if module.is_initializing() else _cuts(x, axis)
-    used = [name for name in names if name]
-    if not used:
+    names = [] if module.is_initializing() else _cuts(x, axis, module.cuts_time)
+    if not any(names):
         return module.stretch(x, carry, times)
     inner, variables = module.unbind()
     renewed = [name for name in variables if name != "params" and module.is_mutable_collection(name)]
-    keys = {"dropout": module.make_rng("dropout")} if module.has_rng("dropout") else {}
+    keys = {name: module.make_rng(name) for name in module.scope.rngs}
     run = partial(inner.apply, method="stretch", mutable=renewed)
     alone = lambda keys: run(variables, x, carry, times, rngs=keys)[0][0]
     after = None if times.keep == "none" else jax.eval_shape(alone, keys)
     if names[axis]:
         x, times = _padded(x, replace(times, axis_name="time"), mesh_to_follow()["time"])
-
-    def part(variables, keys, x, carry, times):
-        variables = jax.tree.map(lambda z: varying_as(x, z), variables)
-        (carry, y), changed = run(variables, x, carry, times, rngs=_own_keys(keys, used))
-        return (None if times.keep == "none" else carry, y), jax.lax.pmean(changed, tuple(used))
-
-    state = without_axis(tuple(names[:-1]), axis)
-    spec = lambda z, names: PartitionSpec(*(name if size > 1 else None for name, size in zip(names, z.shape)))
-    specs = lambda tree, names: jax.tree.map(lambda z: spec(z, names), tree)
-    given = PartitionSpec(), PartitionSpec(), PartitionSpec(*names), specs(carry, state), specs(times, names)
-    made = (specs(after, names if times.keep == "all" else state), PartitionSpec(*names)), PartitionSpec()
-    parts = jax.jit(jax.shard_map(part, in_specs=given, out_specs=made, axis_names=set(used)))
-    (carry, y), changed = parts(variables, keys, x, carry, times)
+        if x.shape[axis] != L and renewed:
+            raise ValueError(f"x has {L} steps where the mesh cuts time; expected a multiple, for batch statistics.")
+    (carry, y), changed = _by_parts(run, names, after, variables, keys, x, carry, times)
     for collection, values in changed.items():
         for name, value in values.items():
             module.put_variable(collection, name, value)
     within = lambda z: jax.lax.slice_in_dim(z, 0, L, axis=axis)
     return (jax.tree.map(within, carry) if times.keep == "all" else carry), within(y)
+
+
+def _by_parts(run, names, after, variables, keys, x, carry, times):
+    "`run` on each device, with its part of all but the variables; the carry after is cut as the one before."
+    used = [name for name in names if name]
+
+    def part(variables, keys, x, carry, times):
+        variables = jax.tree.map(lambda z: varying_as(x, z), variables)
+        with on_parts(used):
+            (carry, y), changed = run(variables, x, carry, times, rngs=_own_keys(keys, used))
+        alike = lambda z: (jax.lax.pmean if jnp.issubdtype(z.dtype, jnp.inexact) else jax.lax.pmax)(z, tuple(used))
+        return (None if times.keep == "none" else carry, y), jax.tree.map(alike, changed)
+
+    state = without_axis(tuple(names[:-1]), times.axis)
+    spec = lambda z, names: PartitionSpec(*(name if size > 1 else None for name, size in zip(names, z.shape)))
+    specs = lambda tree, names: jax.tree.map(lambda z: spec(z, names), tree)
+    given = PartitionSpec(), PartitionSpec(), PartitionSpec(*names), specs(carry, state), specs(times, names)
+    made = (specs(after, names if times.keep == "all" else state), PartitionSpec(*names)), PartitionSpec()
+    parts = jax.jit(jax.shard_map(part, in_specs=given, out_specs=made, axis_names=set(used)))
+    return parts(variables, keys, x, carry, times)
 
 # %% ../nbs/05_contract.ipynb #b0193f80
 class Recurrent(nn.Module):
@@ -167,6 +176,7 @@ class Recurrent(nn.Module):
     response_steps = property(lambda self: self.n_steps, doc="`n_steps`; a container asks what it contains.")
     has_memory = True  # whether a prediction needs the network on the frames before, too
     whole_only = ""  # why it needs the whole sequence, so that it has no prefill and no step; empty if it does not
+    cuts_time = False  # whether `stretch` may be given a part of the time alone, as `times.axis_name` says
 
     def __post_init__(self):
         check_fields(self)
@@ -239,6 +249,7 @@ class SSMLayer(Recurrent, kw_only=True):
         wide = lambda p: p.astype(common_dtype(p.dtype, jnp.float32)) if real(p) else p
         return jax.tree.map(wide, super().param(name, init, *args, **options))
 
+    cuts_time = True
     frame = property(lambda self: (self.d_model,))
 
     def system(self) -> System:

@@ -362,6 +362,8 @@ def window_batches(
     draw = lambda step: window_batch(x, step, batch_size, frames(step), **options)
     sharding = batch_sharding((batch_size, frames(start), *np.shape(x)[2:]))
     if sharding is not None:
+        if "share" in options:
+            raise ValueError(f"share is {options['share']} with a mesh in use; expected none: devices have their own.")
         draw = partial(_on_devices, sharding, x, batch_size, frames, **options)
     first, ending = draw(start), sys.is_finalizing  # here, so that what is wrong is said at once
 

@@ -47,6 +47,7 @@ class Forecaster(Recurrent):
     d_inputs = property(lambda self: self.model.d_inputs)
     batch_axes = property(lambda self: self.model.batch_axes)
     whole_only = property(lambda self: self.model.whole_only)
+    cuts_time = property(lambda self: not self.gaps and self.model.cuts_time)
     has_memory = property(lambda self: self.gaps or self.model.has_memory)
 
     def __post_init__(self):
@@ -115,8 +116,6 @@ def _observed(forecaster):
 
 def _one_by_one(forecaster, x, inputs, carry, times):
     "Frames with gaps, one by one, as each fills the next; the carry is the model's, and the last prediction, scaled."
-    if times.axis_name is not None:
-        raise ValueError("the mesh cuts time, and gaps is True; expected batch or space: each frame fills the next.")
     axis, observed = times.axis, _observed(forecaster)
     mean, std = (jnp.asarray(z, x.dtype) for z in (forecaster.mean, forecaster.std))
     if forecaster.is_initializing():
@@ -193,8 +192,8 @@ class Seasonal(Recurrent):
         self.usual = self.variable("fixed", "usual", jnp.zeros, (self.phases, *self.frame[:-1], len(self.std)))
 
     def stretch(self, x, carry, times):
-        if times.axis_name is not None or any(cut_axes(len(self.frame) - 1)):
-            raise ValueError("the mesh cuts time or space, and the model is seasonal; expected a mesh that cuts batch.")
+        if any(cut_axes(len(self.frame) - 1)):
+            raise ValueError("the mesh cuts space, and the model is seasonal; expected a mesh that cuts batch.")
         said = {"dt": times.dt, "mask": times.mask, "reset": times.reset}
         wrong = [name for name, value in said.items() if value is not None]
         if wrong:

@@ -25,9 +25,8 @@ from .system import Diagonal
 # %% ../nbs/31_models.ipynb #5e9e0001
 def _in_segments(model, x, carry, times):
     "A stretch, `model.segment` frames at a time; its gradient keeps the carries between, and works out the rest again."
-    if model.whole_only or times.axis_name is not None:
-        why = model.whole_only or "the mesh cuts time, so that each device has a part of the frames."
-        raise ValueError(f"segment is {model.segment}; expected None: {why}")
+    if model.whole_only:
+        raise ValueError(f"segment is {model.segment}; expected None: {model.whole_only}")
     module, variables = model.unbind()
     module, axis = module.clone(segment=None), times.axis
     cut, dt = (times, None) if times.dt_varies else (replace(times, dt=None), times.dt)
@@ -100,6 +99,7 @@ class StackedSSM(Recurrent):
 
     grid = property(lambda self: tuple(self.d_model) if isinstance(self.d_model, (tuple, list)) else (self.d_model,))
     frame = property(lambda self: (*self.grid, self.d_vars + self.d_inputs))
+    cuts_time = property(lambda self: self.segment is None)
     has_memory = property(lambda self: self.ssm is not None or self.ssm_first_layer is not None)
     whole_only = property(lambda self: next((block.whole_only for block in self.blocks if block.whole_only), ""))
 

@@ -211,7 +211,8 @@ def rollout(
     """
     (model, variables), history = _as_linen(model, variables), jnp.asarray(placed(history))
     _check_history(model, history, n_steps, dt, inputs, teacher_forcing)
-    dt, inputs = (None if z is None else jnp.asarray(place(z)) for z, place in ((dt, jnp.asarray), (inputs, placed)))
+    inputs = None if inputs is None else placed(inputs)
+    dt, inputs = (None if z is None else jnp.asarray(z) for z in (dt, inputs))
     carry, frames = _rollout(_Made(model), variables, history, n_steps, carry, dt, inputs, teacher_forcing, segment)
     if check and concrete(frames) and not bool(jnp.isfinite(frames).all()):
         good = np.isfinite(np.asarray(frames)).all(axis=(0, *range(2, frames.ndim)))
@@ -266,7 +267,8 @@ def rollout_stream(
     """
     (model, variables), history = _as_linen(model, variables), jnp.asarray(placed(history))
     _check_history(model, history, n_steps, dt, inputs)
-    dt, inputs = (None if z is None else jnp.asarray(place(z)) for z, place in ((dt, jnp.asarray), (inputs, placed)))
+    inputs = None if inputs is None else placed(inputs)
+    dt, inputs = (None if z is None else jnp.asarray(z) for z in (dt, inputs))
     return _pieces(_Made(model), variables, history, n_steps, chunk, carry, dt, inputs)
 
 # %% ../nbs/40_rollout.ipynb #8c444c7c

@@ -103,7 +103,7 @@ def _from(x, axis_name, last):
 
 
 def _side_by_side(system, u, x, times, plan, reverse):
-    "Each device its stretch, at once; one exchange of states."
+    "Each device its stretch, at once."
     x, y = _segment(system, u, x, times, plan, reverse, axis_name=times.axis_name)
     return _from(x, times.axis_name, last=not reverse), y
 
@@ -163,7 +163,7 @@ def whole(
     system = _settled(system, times)
     L, y = jax.tree.leaves(u)[0].shape[times.axis], None
     devices = 1 if times.axis_name is None else jax.lax.psum(1, times.axis_name)
-    check_length(L * devices, system.l_max)
+    check_length(L * devices - (devices - 1), system.l_max)  # at least so long: steps behind the last fill a device up
     if times.plain and L != 0 and times.axis_name is None:
         seen = jax.tree.map(times.see, u)
         y = system.convolve(seen, times.axis)

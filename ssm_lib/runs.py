@@ -111,6 +111,11 @@ def _write(path, text):
     os.replace(beside, path)
 
 
+def _append(path, text):
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(text)
+
+
 def _read(about):
     "What a run is, and the version that wrote it down, (major, minor)."
     try:
@@ -208,9 +213,8 @@ class Run:
         fresh = moment.best[0] == moment.step
         due = as_the_first(now or fresh or time.monotonic() - self.saved >= self.every)
         try:
-            if note and jax.process_index() == 0:
-                with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
-                    file.write(json.dumps(note) + "\n")
+            if note:
+                first_alone(lambda: _append(self.folder / "log.jsonl", json.dumps(note) + "\n"))
             if not due or moment.step in self.last.all_steps():
                 return
             _save(self.last, moment)

@@ -29,7 +29,7 @@ from jax.tree_util import keystr, tree_leaves_with_path
 
 from .checks import Array, FilePath, Flag, Function, Made, Maybe, Number, Size, shown, takes
 from .contract import Recurrent, inference
-from .mesh import everywhere, placed
+from .mesh import everywhere, in_any, placed
 from .rollout import check_model, rollout
 from .runs import Moment, Run, digest
 
@@ -412,9 +412,10 @@ def fit(
             variables, state, mean, value, bad = out
             training.values.append(value), training.bad.append(bad)
             show(step)
-            if step % check_every == 0 or step == steps or asked:
-                training.look(step, variables, state, mean, scored=step % check_every == 0 or step == steps)
-                if asked:
+            due = step % check_every == 0 or step == steps  # of several processes all look at once
+            if due or (asked and jax.process_count() == 1):
+                training.look(step, variables, state, mean, scored=due)
+                if in_any(bool(asked)):
                     training.stop()
                 if late(training.moment):
                     break

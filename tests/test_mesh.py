@@ -35,7 +35,7 @@ def holds(program):
     assert program.returncode == 0 and said.endswith("holds\n"), errors[-3000:]
 
 
-@pytest.mark.parametrize("law", ["scan", "layers", "blocks", "models", "messages", "training", "command_line", "refusals"])
+@pytest.mark.parametrize("law", ["scan", "layers", "blocks", "guests", "models", "messages", "training", "command_line", "refusals"])
 def test_on_eight_devices(law):
     holds(started(LAWS, law, devices=8))
 
