@@ -47,6 +47,8 @@ def mesh_of(
     said: str,  # e.g. "batch=4,space=2"
 ) -> Mesh:
     "A mesh by its axes and how many devices share each. Raises ValueError for what is none."
+    if not hasattr(jax, "set_mesh"):
+        raise ValueError(f"said is {said!r} with JAX {jax.__version__}; expected one that has jax.set_mesh. Update jax.")
     cuts = dict(part.split("=", 1) if "=" in part else (part, "") for part in said.split(","))
     wrong = [name for name, n in cuts.items() if name not in AXES or not n.isdecimal() or not int(n)]
     if wrong or len(cuts) < len(said.split(",")):
