@@ -48,7 +48,7 @@ def mesh_of(
 ) -> Mesh:
     "A mesh by its axes and how many devices share each. Raises ValueError for what is none."
     if not hasattr(jax, "set_mesh"):
-        raise ValueError(f"said is {said!r} with JAX {jax.__version__}; expected one that has jax.set_mesh. Update jax.")
+        raise ValueError(f"said is {said!r}, in JAX {jax.__version__}; expected a JAX with jax.set_mesh. Update it.")
     cuts = dict(part.split("=", 1) if "=" in part else (part, "") for part in said.split(","))
     wrong = [name for name, n in cuts.items() if name not in AXES or not n.isdecimal() or not int(n)]
     if wrong or len(cuts) < len(said.split(",")):
