@@ -102,7 +102,7 @@ class SequenceLayer(Recurrent):
         "norm": Choice(NORMS), "activation": Choice(ACTIVATIONS), "training": Flag(), "prenorm": Flag(),
         "dtype": Maybe(FloatType()), "space": Maybe(Made(Space, "Conv(3)")), "rezero": Flag(),
     }
-    cuts_time = True
+    cuts_time = property(lambda self: self.seq is None or self.seq.cuts_time)
     frame = property(lambda self: (self.d_model,))
     response_steps = property(lambda self: self.seq and self.seq.response_steps)
 

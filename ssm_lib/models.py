@@ -99,7 +99,7 @@ class StackedSSM(Recurrent):
 
     grid = property(lambda self: tuple(self.d_model) if isinstance(self.d_model, (tuple, list)) else (self.d_model,))
     frame = property(lambda self: (*self.grid, self.d_vars + self.d_inputs))
-    cuts_time = property(lambda self: self.segment is None)
+    cuts_time = property(lambda self: self.segment is None and all(block.cuts_time for block in self.blocks))
     has_memory = property(lambda self: self.ssm is not None or self.ssm_first_layer is not None)
     whole_only = property(lambda self: next((block.whole_only for block in self.blocks if block.whole_only), ""))
 

@@ -141,6 +141,8 @@ def guests():
     "A module that doesn't say that time may be cut has all of it; in a `shard_map` of one's own a model sees whole frames."
     u, x = noise(4, 10, 3), noise(4, 3, *GRID, 2)
     like_one_device(lambda u: Differences().apply({}, u), (u,), [{"batch": 2, "time": 4}])
+    block = SequenceLayer(lambda d_model: Differences(), 3, norm="none", activation="none")
+    like_one_device(lambda u: block.apply({}, u), (u,), [{"batch": 2, "time": 4}])
     limited = S4(d_model=3, d_hidden=8, l_max=10)
     v = jax.jit(limited.init)(KEY, u)
     like_one_device(limited.apply, (v, u), [{"time": 4}], 3e-4)
