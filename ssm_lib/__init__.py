@@ -26,6 +26,7 @@ from ssm_lib.inputs import Inputs, WithInputs, fit_inputs
 from ssm_lib.lru import LRU, LRUDynamics
 from ssm_lib.measures import nplr, transition
 from ssm_lib.metrics import fit_linear, nrmse, persistence
+from ssm_lib.mesh import make_mesh
 from ssm_lib.models import (
     BatchStackedSSM2DModel,
     BatchStackedSSM3DModel,

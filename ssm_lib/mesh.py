@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPACE', 'AXES', 'make_mesh', 'mesh_of', 'mesh_to_follow', 'on_parts', 'parts_by', 'cut_axes', 'batch_sharding',
-           'placed', 'everywhere', 'as_the_first', 'first_alone', 'in_any', 'handed_on', 'own_part', 'is_end']
+           'placed', 'everywhere', 'choices', 'first_alone', 'handed_on', 'own_part', 'is_end']
 
 # %% ../nbs/01_mesh.ipynb #01c00003
 import contextlib
@@ -135,15 +135,15 @@ def everywhere(
     return jax.device_put(tree, NamedSharding(jax.sharding.get_mesh(), PartitionSpec()))
 
 # %% ../nbs/01_mesh.ipynb #01d00032
-def as_the_first(
-    choice: bool,
-) -> bool:
-    "What the first process has chosen, in all of them."
+def choices(
+    choice: bool,  # of this process
+) -> np.ndarray:  # (processes,)
+    "What each process has chosen, in all of them."
     if jax.process_count() == 1:
-        return choice
+        return np.array([choice])
     from jax.experimental import multihost_utils
 
-    return bool(multihost_utils.broadcast_one_to_all(np.bool_(choice)))
+    return np.asarray(multihost_utils.process_allgather(np.bool_(choice))).reshape(-1)
 
 
 def first_alone(
@@ -156,19 +156,8 @@ def first_alone(
             act()
         except BaseException as failed:
             error = failed
-    if not as_the_first(error is None):
+    if not choices(error is None)[0]:
         raise error or ValueError("the first process could not go on; expected what it says. See its error.")
-
-
-def in_any(
-    choice: bool,
-) -> bool:
-    "Whether some process has chosen it."
-    if jax.process_count() == 1:
-        return choice
-    from jax.experimental import multihost_utils
-
-    return bool(multihost_utils.process_allgather(np.bool_(choice)).any())
 
 # %% ../nbs/01_mesh.ipynb #01c0000b
 def handed_on(

@@ -468,9 +468,10 @@ def _free_loss(config, model, units):
 def _loss(config, model, x):
     "Free runs; or one step ahead on windows of one frame more, else rollouts; in units of what no change gets wrong."
     t, found = config.training, config.found
-    units = growth(x, t.rollout).reshape(t.rollout, *[1] * len(found.grid), -1)
+    units = growth(x, t.rollout)
     if t.free_runs:
-        return _free_loss(config, model, units.reshape(t.rollout, -1))
+        return _free_loss(config, model, units)
+    units = units.reshape(t.rollout, *[1] * len(found.grid), -1)
     noise = t.noise * np.asarray(found.std, np.float32) if t.noise else None
 
     def loss(variables, batch, key):

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from .checks import FilePath, Number, shown, takes
-from .mesh import as_the_first, first_alone
+from .mesh import choices, first_alone
 
 # %% ../nbs/38_runs.ipynb #38000007
 class Moment(NamedTuple):
@@ -211,7 +211,7 @@ class Run:
     def keep(self, moment: Moment, *, now: bool = False, note: dict | None = None):
         "Note a line in the log; save the moment, if it is time to, and the best variables, if they are new."
         fresh = moment.best[0] == moment.step
-        due = as_the_first(now or fresh or time.monotonic() - self.saved >= self.every)
+        due = choices(now or fresh or time.monotonic() - self.saved >= self.every)[0]
         try:
             if note:
                 first_alone(lambda: _append(self.folder / "log.jsonl", json.dumps(note) + "\n"))

@@ -29,7 +29,7 @@ from jax.tree_util import keystr, tree_leaves_with_path
 
 from .checks import Array, FilePath, Flag, Function, Made, Maybe, Number, Size, shown, takes
 from .contract import Recurrent, inference
-from .mesh import everywhere, in_any, placed
+from .mesh import choices, everywhere, placed
 from .rollout import check_model, rollout
 from .runs import Moment, Run, digest
 
@@ -415,7 +415,7 @@ def fit(
             due = step % check_every == 0 or step == steps  # of several processes all look at once
             if due or (asked and jax.process_count() == 1):
                 training.look(step, variables, state, mean, scored=due)
-                if in_any(bool(asked)):
+                if choices(bool(asked)).any():
                     training.stop()
                 if late(training.moment):
                     break

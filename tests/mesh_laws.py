@@ -85,16 +85,13 @@ def scan():
 
 
 def layers():
-    "Every layer's whole sequence, carry and gradient where time is cut: irregular, with gaps and new starts, of no even length."
+    "Every layer's whole sequence and carry where time is cut, irregular, with gaps and new starts, of no even length; gradients."
     u, dt = noise(2, 21, 3), jnp.asarray(RNG.uniform(0.5, 2, (2, 21)), jnp.float32)
     said = {"mask": RNG.random((2, 21)) < 0.8, "reset": RNG.random((2, 21)) < 0.15, "dt": dt}
-    alike = "s5_bilinear", "s5_no_conj", "dss_exp", "s4d_bilinear", "s4_legt"  # the same systems, of other poles
     for name, (make, tolerance) in (LAYERS | WHOLE_ONLY).items():
-        if name in alike:
-            continue
         layer = make(d_model=3)
         v = jax.jit(layer.init)(KEY, u)
-        one_of_a_kind = name in ("s5_zoh", "dss", "s4", "s5_both")  # the others with dt, gaps and new starts, and no slope
+        one_of_a_kind = name in ("s5_zoh", "dss", "s4", "s5_both")  # the others have the same systems, of other poles
         for told, cut in [({}, {"time": 8})] * one_of_a_kind + [(said, {"batch": 2, "time": 4})]:
             told = {k: z for k, z in told.items() if k != "dt" or name not in EQUAL_STEPS_ONLY}
 

@@ -88,7 +88,7 @@ def lives(folder, what):
     return json.loads(made.stdout.splitlines()[-1])
 
 
-def test_thirty_kills_at_random_moments_change_no_bit(tmp_path):
+def test_fifty_kills_at_random_moments_change_no_bit(tmp_path):
     found = lives(
         tmp_path,
         """
@@ -99,13 +99,13 @@ def test_thirty_kills_at_random_moments_change_no_bit(tmp_path):
         young = time.time() - began  # until its first checkpoint
         os.kill(pid, signal.SIGKILL)
         died(pid)
-        while kills < 30:
+        while kills < 50:
             pid = born(train, "killed")
             time.sleep(chance.uniform(0.3, 1.7) * young)
             os.kill(pid, signal.SIGKILL)
             kills += died(pid)[0]
             reached.append(at("killed"))
-            if reached[-1] == steps:  # at the end before the last kill: once more from the beginning
+            if reached[-1] == steps:  # at the end before the fiftieth kill: once more from the beginning
                 os.rename(folder / "killed", folder / f"killed {kills}")
         ends = [end(name.name) for name in sorted(folder.glob("killed*"))] + [end("whole")]
         logs = [[json.loads(line)["step"] for line in (name / "log.jsonl").open()] for name in sorted(folder.glob("killed*"))]

@@ -271,7 +271,7 @@ NO_DOOR = {  # public names that take nothing which could be wrong without a wor
     "made by the library, for the library": (
         "blocks.Gate", "contract.Recurrent", "contract.SSMLayer", "run.run", "run.segment_steps", "run.whole",
         "s4.DPLRSystem", "space.along", "system.product", "mesh.handed_on", "mesh.is_end", "mesh.mesh_to_follow",
-        "mesh.as_the_first", "mesh.batch_sharding", "mesh.everywhere", "mesh.first_alone", "mesh.in_any", "mesh.on_parts",
+        "mesh.batch_sharding", "mesh.choices", "mesh.everywhere", "mesh.first_alone", "mesh.on_parts",
         "mesh.own_part", "mesh.parts_by", "mesh.placed",
         "scan.binary_operator", "scan.steps_before", "scan.varying_as", "scan.without_axis", "system.Diagonal", "system.DiagonalBank",
         "system.DiagonalSystem", "system.System", "system.Times", "system.times_of", "training.train_step",
