@@ -58,6 +58,7 @@ from ssm_lib.scan import linear_scan, scan_in_segments
 from ssm_lib.system import DiagonalBank, DiagonalSystem, System
 from ssm_lib.training import (
     DivergedError,
+    ProcessLostError,
     fit,
     free_runs_loss,
     load_checkpoint,

@@ -211,13 +211,15 @@ class Evaluate:
     steps: int | None = None  # frames to look ahead; a day, and 24 at least, where there are days, else 50
     every: int | None = None  # frames from start to start; about a hundred starts unless told
     no_pictures: bool = False  # the table alone
+    mesh: str | None = None  # devices that share batch or space, e.g. batch=4,space=2
 
     def __call__(self):
         trained = pipeline.open_run(self.run)
         fields = pipeline.open_data(trained.config, self.file)
-        scores = pipeline.evaluate_run(trained, fields, steps=self.steps, every=self.every)
-        print(scores.table())
-        _judge(Path(self.run), trained, fields, scores, pictures=not self.no_pictures)
+        with _devices(self.mesh):
+            scores = pipeline.evaluate_run(trained, fields, steps=self.steps, every=self.every)
+            print(scores.table())
+            _judge(Path(self.run), trained, fields, scores, pictures=not self.no_pictures)
         return 0
 
 

@@ -17,6 +17,7 @@ from .checks import Array, Made, Maybe, Number, Size, takes
 from .data import pieces
 from .fields import Fields, area_weights, boundaries, stretch_of
 from .inputs import Inputs, check_season, known_before, phases, season_of, steps_of_day
+from .mesh import fitting, on_host
 from .metrics import band_errors
 from .rollout import check_model, rollout
 
@@ -293,13 +294,13 @@ def evaluate(
     ends, by_scale = boundaries(test), {}
     mean, deviation = climatology(train)
     simple, first = baselines(train, test, mean), max(history, steps_of_day(train))
-    starts = _starts(test, steps, first, every)
+    starts, batch_size = _starts(test, steps, first, every), fitting(batch_size)
     weights, axes, found, alike, near = area_weights(test), len(test.space), {}, {}, RangeWatch(model)
     for at in range(0, len(starts), batch_size):
         some = starts[at : at + batch_size]
         full = some + some[-1:] * (batch_size - len(some))  # always of one shape, to be compiled once
         past, beside = known_before(test, inputs, full, steps, history)
-        future = {"model": np.asarray(rollout(model, variables, past, steps, inputs=beside, check=False))}
+        future = {"model": on_host(rollout(model, variables, past, steps, inputs=beside, check=False))}
         near.look(future["model"])
         future |= {name: np.asarray(own(past, steps)) for name, own in (others or {}).items()}
         for n, (i, k) in enumerate(some):

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['SPACE', 'AXES', 'make_mesh', 'mesh_of', 'mesh_to_follow', 'on_parts', 'parts_by', 'cut_axes', 'batch_sharding',
-           'placed', 'everywhere', 'choices', 'first_alone', 'handed_on', 'own_part', 'is_end']
+           'placed', 'fitting', 'everywhere', 'choices', 'on_host', 'first_alone', 'handed_on', 'own_part', 'is_end',
+           'messages']
 
 # %% ../nbs/01_mesh.ipynb #01c00003
 import contextlib
 import contextvars
 import math
+import re
 from collections.abc import Callable
 
 import jax
@@ -126,6 +128,15 @@ def placed(
     return jax.make_array_from_callback(np.shape(x), sharding, lambda part: np.asarray(x[part]))
 
 
+@takes(size=Size())
+def fitting(
+    size: int,  # samples
+) -> int:
+    "The next number of samples that the mesh in use can cut."
+    n = mesh_to_follow().get("batch", 1)
+    return -(-size // n) * n
+
+
 def everywhere(
     tree,  # of arrays
 ):  # the same
@@ -144,6 +155,17 @@ def choices(
     from jax.experimental import multihost_utils
 
     return np.asarray(multihost_utils.process_allgather(np.bool_(choice))).reshape(-1)
+
+
+def on_host(
+    x: jax.Array,  # of which this process may have a part alone
+) -> np.ndarray:  # all of it
+    "An array in the memory of each process."
+    if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(x, tiled=True)
 
 
 def first_alone(
@@ -188,3 +210,36 @@ def is_end(
 ) -> jax.Array:  # bool
     "Whether this device is at the end of an axis."
     return jax.lax.axis_index(axis_name) == (jax.lax.psum(1, axis_name) - 1 if last else 0)
+
+# %% ../nbs/01_mesh.ipynb #01e00002
+_KINDS = "all-gather|all-to-all|collective-permute|all-reduce|reduce-scatter"
+_BYTES = {"pred": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "f64": 8, "c64": 8, "c128": 16}
+
+
+def _size(shapes):
+    "Bytes of arrays as XLA writes them, f32[2,3] or several in brackets."
+    numbers = lambda shape: math.prod(int(n) for n in shape.split(",") if n)
+    return sum(_BYTES[kind] * numbers(shape) for kind, shape in re.findall(r"(\w+)\[([\d,]*)\]", shapes))
+
+
+def messages(
+    compiled,  # a program, `jax.jit(f).lower(…).compile()`
+) -> dict:  # kind → sizes in bytes, one for each message that a device sends or hears
+    "What a program sends, as XLA calls it: collective-permute, all-reduce, all-gather and so on."
+    parts = dict(re.findall(r"(?m)^(?:ENTRY )?%?([\w.-]+) \(.*\{\n((?:  .*\n|\n)*)\}", compiled.as_text()))
+    entry = re.search(r"(?m)^ENTRY %?([\w.-]+)", compiled.as_text()).group(1)
+
+    def sent(name):
+        found = []
+        for line in parts[name].splitlines():
+            if message := re.search(rf"= (.*?) ({_KINDS})(?:-start)?\(", line):
+                found.append((message[2], _size(message[1])))
+            often = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
+            inner = re.findall(r"(?:body|calls|to_apply|(?:true|false)_computation)=%?([\w.-]+)", line)
+            for branches in re.findall(r"branch_computations=\{(.*?)\}", line):
+                inner += branches.replace("%", "").split(", ")
+            found += [each for part in inner for each in sent(part)] * int(often[1] if often else 1)
+        return found
+
+    found = sent(entry)
+    return {kind: [size for k, size in found if k == kind] for kind in sorted({k for k, _ in found})}

@@ -28,6 +28,7 @@ from .evaluation import Departures, Scores, climatology, evaluate, fading, share
 from .fields import Fields, boundaries, open_fields
 from .forecaster import Forecaster, Seasonal
 from .inputs import Inputs, WithInputs, fit_inputs, season_of, steps_of_day
+from .mesh import fitting, placed
 from .runs import Run, check_folder, load_run
 from .training import fit, free_runs_loss, make_optimizer, next_frame_loss, rollout_loss
 
@@ -485,10 +486,10 @@ def _loss(config, model, x):
 
 
 def _validator(config, model, x):
-    "The error of rollouts in deviations, on up to 16 windows of what is kept back."
+    "The error of rollouts in deviations, on 16 windows of what is kept back."
     t = config.training
     length = min(t.history + t.rollout, x.shape[1])
-    windows = window_batch(x, 0, 16, length, seed=t.seed)
+    windows = placed(window_batch(x, 0, fitting(16), length, seed=t.seed))
     scale = np.asarray(config.found.std, np.float32)
 
     @jax.jit

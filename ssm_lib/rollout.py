@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .checks import Array, Flag, Maybe, Size, concrete, known, shown, takes
+from .checks import Array, Flag, Maybe, Size, known, shown, takes
 from .contract import inference
-from .mesh import placed
+from .mesh import everywhere, placed
 from .scan import scan_in_segments
 
 # %% ../nbs/40_rollout.ipynb #8dd7f23f
@@ -178,6 +178,11 @@ class RolloutDivergedError(FloatingPointError):
         self.step, self.frames = step, frames
 
 
+def _good(frames):
+    "(T,) whether each frame is finite, which all processes hear."
+    return np.asarray(everywhere(jnp.isfinite(frames).all(axis=(0, *range(2, frames.ndim)))))
+
+
 @takes(
     model=check_model, history=_HISTORY, n_steps=Size(), return_carry=Flag(), dt=_DT, inputs=_INPUTS,
     teacher_forcing=Size(0), segment=Maybe(Size()), check=Flag(),
@@ -214,9 +219,8 @@ def rollout(
     inputs = None if inputs is None else placed(inputs)
     dt, inputs = (None if z is None else jnp.asarray(z) for z in (dt, inputs))
     carry, frames = _rollout(_Made(model), variables, history, n_steps, carry, dt, inputs, teacher_forcing, segment)
-    if check and concrete(frames) and not bool(jnp.isfinite(frames).all()):
-        good = np.isfinite(np.asarray(frames)).all(axis=(0, *range(2, frames.ndim)))
-        raise RolloutDivergedError(int(np.argmin(good)), frames)
+    if check and not isinstance(frames, jax.core.Tracer) and not bool(jnp.isfinite(frames).all()):
+        raise RolloutDivergedError(int(np.argmin(_good(frames))), frames)
     return (frames, carry) if return_carry else frames
 
 # %% ../nbs/40_rollout.ipynb #06fc29dc
@@ -238,8 +242,7 @@ def _pieces(made, variables, history, n_steps, chunk, carry, dt, inputs):
         length = min(chunk, n_steps - done)
         here = {name: z[done : done + length] for name, z in each.items()}
         carry, frame, piece = _next_piece(made, variables, carry, frame, here, always, length)
-        piece = np.asarray(piece)
-        good = np.isfinite(piece).all(axis=tuple(i for i in range(piece.ndim) if i != 1))
+        good = _good(piece)
         if good.all():
             yield piece
             continue
@@ -247,6 +250,16 @@ def _pieces(made, variables, history, n_steps, chunk, carry, dt, inputs):
         if bad:
             yield piece[:, :bad]
         raise RolloutDivergedError(done + bad)
+
+
+@takes(chunk=Size(), dt=_DT, inputs=_INPUTS)
+def _stream(model, variables, history, n_steps, *, chunk=100, carry=None, dt=None, inputs=None):
+    "Pieces where they are made: on the device, or on those of a mesh."
+    (model, variables), history = _as_linen(model, variables), jnp.asarray(placed(history))
+    _check_history(model, history, n_steps, dt, inputs)
+    inputs = None if inputs is None else placed(inputs)
+    dt, inputs = (None if z is None else jnp.asarray(z) for z in (dt, inputs))
+    return _pieces(_Made(model), variables, history, n_steps, chunk, carry, dt, inputs)
 
 
 @takes(model=check_model, history=_HISTORY, n_steps=Size(), chunk=Size(), dt=_DT, inputs=_INPUTS)
@@ -260,35 +273,60 @@ def rollout_stream(
     carry=None,  # state before the history; None is the zero state
     dt: jax.Array | None = None,  # as in `rollout`
     inputs: jax.Array | None = None,  # as in `rollout`
-) -> Iterator[np.ndarray]:  # pieces (B, ≤ chunk, *space, C), in order
+) -> Iterator[np.ndarray]:  # pieces (B, ≤ chunk, *space, C), in order; jax.Array where several processes share them
     """The frames of `rollout`, piece by piece, with flat device memory.
 
     Raises ValueError at once for what `rollout` refuses, RolloutDivergedError at the first frame that is not finite.
     """
-    (model, variables), history = _as_linen(model, variables), jnp.asarray(placed(history))
-    _check_history(model, history, n_steps, dt, inputs)
-    inputs = None if inputs is None else placed(inputs)
-    dt, inputs = (None if z is None else jnp.asarray(z) for z in (dt, inputs))
-    return _pieces(_Made(model), variables, history, n_steps, chunk, carry, dt, inputs)
+    pieces = _stream(model, variables, history, n_steps, chunk=chunk, carry=carry, dt=dt, inputs=inputs)
+    return (np.asarray(piece) if piece.is_fully_addressable else piece for piece in pieces)
 
 # %% ../nbs/40_rollout.ipynb #8c444c7c
+def _check_chunks(out, history):
+    "Raise a ValueError where two processes would write into one chunk of an array on disk."
+    chunk = getattr(out, "shards", None) or getattr(out, "chunks", None)
+    if chunk is None or jax.process_count() == 1:
+        return
+    part = history.sharding.shard_shape(history.shape)
+    shared = [i for i in range(len(part)) if i != 1 and part[i] < history.shape[i] and part[i] % chunk[i]]
+    if shared:
+        i = shared[0]
+        raise ValueError(
+            f"out has chunks of {chunk[i]} on axis {i}, where a device has {part[i]}; "
+            "expected chunks that no two devices share. Make them smaller."
+        )
+
+
+def _from(done, part, shape):
+    "Where a part of a piece lies in the array of all frames."
+    parts = [slice(*s.indices(n)) for s, n in zip(part, shape)]
+    parts[1] = slice(done + parts[1].start, done + parts[1].stop)
+    return tuple(parts)
+
+
 @takes(model=check_model, history=_HISTORY)
 def write_rollout(
-    out,  # (B, n_steps, *space, C) anything that takes out[:, a:b] = frames: NumPy array, np.memmap, zarr array
+    out,  # (B, n_steps, *space, C) anything that takes out[a:b, c:d, …] = frames: NumPy array, np.memmap, zarr array
     model: nn.Module,  # as in `rollout_stream`, like the other arguments
     variables,
     history: jax.Array,
     **options,  # chunk, carry, dt, inputs
 ) -> None:
-    "Write a rollout into an array as it is made; a memmap is flushed after each piece."
+    """Write a rollout into an array as it is made; a memmap is flushed after each piece.
+
+    On a mesh each device's part is written by itself, and of several processes each writes what it has.
+    """
     frames = (history.shape[0], *history.shape[2:])
     if not hasattr(out, "shape"):
         raise ValueError(f"out is {shown(out)}; expected an array to write into, (B, n_steps, *space, C).")
     if len(out.shape) != history.ndim or (out.shape[0], *out.shape[2:]) != frames:
         raise ValueError(f"out has shape {tuple(out.shape)}; expected (B, n_steps, *space, C) to fit frames {frames}.")
-    done = 0
-    for piece in rollout_stream(model, variables, history, out.shape[1], **options):
-        out[:, done : done + piece.shape[1]] = piece
+    history, done = placed(history), 0
+    _check_chunks(out, history)
+    for piece in _stream(model, variables, history, out.shape[1], **options):
+        for shard in piece.addressable_shards:
+            if shard.replica_id == 0:  # one of those that have the same
+                out[_from(done, shard.index, piece.shape)] = np.asarray(shard.data)
         done += piece.shape[1]
         if hasattr(out, "flush"):
             out.flush()

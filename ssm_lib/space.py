@@ -24,6 +24,7 @@ from .checks import Array, Choice, Each, Flag, Function, Made, Maybe, Number, Si
 from .checks import check_fields, per_axis
 from .discretization import common_dtype
 from .mesh import cut_axes, handed_on, is_end, own_part
+from .scan import linear_scan
 from .system import product, project, read_out, to_complex
 
 # %% ../nbs/29_space.ipynb #58ed4cc4
@@ -550,7 +551,10 @@ def _ends_at_zero(h, axis, Lambda, C_right, C_left):
     return jax.lax.slice_in_dim(_filtered(more, jnp.fft.rfft(kernel, axis=0), axis), 0, N, axis=axis)
 
 
-@takes(h=Array("(…, C)"), axis=Size(None), **POLES, boundary=Choice(BOUNDARIES), native=Maybe(Size()))
+@takes(
+    h=Array("(…, C)"), axis=Size(None), **POLES, boundary=Choice(BOUNDARIES), native=Maybe(Size()),
+    axis_name=Maybe(Text()),
+)
 def scan_axis(
     h: jax.Array,  # (…, N, …, C) real
     axis: int,  # counted from the end, −2 or less
@@ -559,8 +563,11 @@ def scan_axis(
     C_left: jax.Array,  # (P, C)
     boundary: str = "periodic",  # one of `BOUNDARIES`
     native: int | None = None,  # places of the grid that the poles belong to; None is this one
+    axis_name: str | None = None,  # of the mesh axis that cuts this one, inside `jax.shard_map`: N places a device
 ) -> jax.Array:  # (…, N, …, C)
-    "A bank of poles along an axis, both ways."
+    "A bank of poles along an axis, both ways: by its waves, or, where the axis is cut, by its states."
+    if axis_name is not None:
+        return _scan_parts(h, axis, Lambda, C_right, C_left, boundary, axis_name)
     N = h.shape[axis]
     if boundary in ("periodic", "reflect"):
         x = h if boundary == "periodic" else jnp.concatenate([h, jnp.flip(h, axis)], axis)
@@ -574,6 +581,37 @@ def scan_axis(
     column = lambda z: jnp.sum(z.real, 1).reshape(N, *(1,) * (-axis - 2), z.shape[-1])
     first, last = (jax.lax.slice_in_dim(h, i, i + 1, axis=axis) for i in (0, N - 1))
     return y + column(C_right * tail) * first + column(C_left * tail)[::-1] * last
+
+# %% ../nbs/29_space.ipynb #29e00002
+def _starts(boundary, after, before, first, last, a, around):
+    """The states that a scan both ways begins with, right and left: what lies beyond the edges, in closed form.
+
+    `after` and `before` are what scans from nothing end with, `around` is what is left of a state at the other end.
+    """
+    if boundary == "periodic":
+        return after / (1 - around), before / (1 - around)
+    if boundary == "reflect":  # what is read beyond an edge is read again on the way back
+        twice = 1 - around**2
+        return (before + around * after) / twice, (after + around * before) / twice
+    return (0, 0) if boundary == "zero" else (first / (1 - a), last / (1 - a))
+
+
+def _scan_parts(h, axis, Lambda, C_right, C_left, boundary, axis_name):
+    "`scan_axis` on a part of the axis: states go from device to device."
+    N, devices, wide = h.shape[axis], jax.lax.psum(1, axis_name), (*h.shape[:-1], *Lambda.shape)
+    flat = lambda z: z.reshape(*z.shape[:-2], -1)
+    a, u = flat(Lambda), flat(jnp.broadcast_to(h[..., None, :], wide))
+    right, left = (linear_scan(a, u, reverse=turned, axis=axis, axis_name=axis_name) for turned in (False, True))
+
+    def at_end(x, last):
+        x = jax.lax.slice_in_dim(x, N - 1 if last else 0, N if last else 1, axis=axis)
+        return jax.lax.psum(jnp.where(is_end(axis_name, last), x, 0), axis_name)
+
+    ends = at_end(right, True), at_end(left, False), at_end(u, False), at_end(u, True)
+    place = jnp.arange(N).reshape(N, *(1,) * (-axis - 1)) + jax.lax.axis_index(axis_name) * N
+    beyond = _starts(boundary, *ends, a, a ** (N * devices))
+    right, left = right + a ** (place + 1) * beyond[0], left + a ** (N * devices - place) * beyond[1]
+    return jnp.sum((flat(C_right) * right + flat(C_left) * (left - u)).real.reshape(wide), -2)
 
 # %% ../nbs/29_space.ipynb #96ad0212
 class Scan(Space):
@@ -615,14 +653,16 @@ class Scan(Space):
     @nn.compact
     def mix(self, h):
         wide = h.astype(common_dtype(h.dtype, jnp.float32))
-        _check_whole(self, [i for i, _ in self.chosen()], "a scan along it, by its waves")
         for i, edge in self.chosen():
-            axis = i - len(self.grid) - 1
+            axis, native, name = i - len(self.grid) - 1, self.native and self.native[i], cut_axes(len(self.grid))[i]
             if self.ssm is not None:
+                _check_whole(self, [i], "a layer of yours along it")
                 right, left = (self.ssm(d_model=h.shape[-1], name=f"{way}_{i}") for way in ("right", "left"))
                 wide = right(wide, axis=axis) + jnp.flip(left(jnp.flip(wide, axis), axis=axis), axis)
             else:
-                wide = scan_axis(wide, axis, *self.poles(i, h.shape[-1]), edge, self.native and self.native[i])
+                if native not in (None, self.grid[i]):
+                    _check_whole(self, [i], "poles of another grid, which act on its waves")
+                wide = scan_axis(wide, axis, *self.poles(i, h.shape[-1]), edge, native, name)
         return wide.astype(h.dtype)
 
     def poles(self, i, C):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['next_frame_loss', 'rollout_loss', 'free_runs_loss', 'parameter_groups', 'make_optimizer', 'train_step',
-           'DivergedError', 'fit', 'save_checkpoint', 'load_checkpoint']
+           'DivergedError', 'ProcessLostError', 'fit', 'save_checkpoint', 'load_checkpoint']
 
 # %% ../nbs/41_training.ipynb #ceedc9ea
 import contextlib
@@ -300,6 +300,27 @@ class DivergedError(FloatingPointError):
         self.variables = good.trained
 
 
+class ProcessLostError(RuntimeError):
+    "Of several processes that train together one is gone, so that the others cannot go on."
+
+    def __init__(self, run, error):
+        why = (str(error).splitlines() or [type(error).__name__])[0][:150]
+        whole = None if run is None else run.last.latest_step()
+        kept = f"the checkpoint of step {whole} in {run.folder} is whole" if whole is not None else "nothing was kept"
+        super().__init__(f"another process could not be reached: {why}; {kept}. Start all of them again, with a run.")
+
+
+@contextlib.contextmanager
+def _with_others(run):
+    "Several processes compute together; if one of them ends, the others hear of it from JAX as an error of a message."
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        raise ProcessLostError(run, error) from error
+
+
 @contextlib.contextmanager
 def _stoppable(run):
     "A list that is filled when the process is asked to stop, by Ctrl-C or SIGTERM; asked again, it stops at once."
@@ -391,14 +412,18 @@ def fit(
 ):  # variables, losses (steps,)
     """Train, watching loss and parameters. The variables are the last ones or, with `validate`, the best.
 
-    Raises DivergedError as soon as a look finds what is not finite, SaveError if the run can't be kept.
+    Raises DivergedError as soon as a look finds what is not finite, SaveError if the run can't be kept,
+    ProcessLostError where another of several processes is gone.
     """
     if patience is not None and validate is None:
         raise ValueError(f"patience is {patience} without validate; expected a score to wait for. Give validate=.")
     variables = everywhere(variables)
     params = variables["params"]
     begin = Moment(0, variables, optimizer.init(params), np.zeros(0, np.float32), average=params if average else ())
-    with run or contextlib.nullcontext(), _stoppable(run) as asked, _progress(progress, steps) as show:
+    with (
+        run or contextlib.nullcontext(), _with_others(run),
+        _stoppable(run) as asked, _progress(progress, steps) as show,
+    ):
         moment = (run and run.resume(begin)) or begin
         left = batches(moment.step) if callable(batches) else itertools.islice(batches, moment.step, None)
         left = itertools.islice(left, max(0, steps - moment.step))

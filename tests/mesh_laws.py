@@ -3,15 +3,20 @@
     python tests/mesh_laws.py layers     # one of them by hand
 """
 
-import re
+import json
+import os
+import signal
 import sys
 import tempfile
+import time
 from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+import zarr
 from sweep import EQUAL_STEPS_ONLY, KEY, LAYERS, WHOLE_ONLY, noise
 
 from ssm_lib import (
@@ -21,6 +26,7 @@ from ssm_lib import (
     BatchStackedSSM2DModel,
     Forecaster,
     Recurrent,
+    RolloutDivergedError,
     Run,
     SequenceLayer,
     cli,
@@ -33,9 +39,10 @@ from ssm_lib import (
     space,
     window_batch,
     window_batches,
+    write_rollout,
 )
-from ssm_lib.mesh import make_mesh
-from ssm_lib.recipes import conv_s5, conv_spectral, fno, residual_conv
+from ssm_lib.mesh import choices, first_alone, make_mesh, messages
+from ssm_lib.recipes import conv_s5, conv_scan, conv_spectral, fno, residual_conv
 
 RNG = np.random.default_rng(0)
 GRID = 8, 12
@@ -55,7 +62,12 @@ def like_one_device(program, args, cuts, tolerance=1e-5, only=lambda made: made)
             np.testing.assert_allclose(got, alone, atol=tolerance * max(np.abs(alone).max(), 1e-30), rtol=0, err_msg=str(cut))
 
 
-def scan():
+def scans():
+    scan_of_time()
+    scan_of_space()
+
+
+def scan_of_time():
     "`linear_scan` cut in two, four and eight: both ways, poles of all kinds, a start state, its gradient."
     L, P = 24, 5
     Lambda = jnp.asarray(RNG.uniform(0.6, 0.999, P) * np.exp(1j * RNG.uniform(0, np.pi, P)), jnp.complex64)
@@ -82,6 +94,27 @@ def scan():
             got = on({"time": n}, partial(both, cut=True), a, u, x0)
             for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
                 np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max())
+
+
+def scan_of_space():
+    "Poles along a cut axis of the grid, whatever is beyond its edges; their gradient."
+    h, P = noise(2, 24, 3), (2, 3)
+    Lambda = jnp.asarray(RNG.uniform(0.3, 0.97, P) * np.exp(1j * RNG.uniform(0, np.pi / 2, P)), jnp.complex64)
+    ways = [jnp.asarray(RNG.normal(size=P) + 1j * RNG.normal(size=P), jnp.complex64) for _ in range(2)]
+    cut = jax.P(None, "space")
+
+    def run(h, Lambda, *ways, boundary, name=None):
+        scan = lambda h, *poles: space.scan_axis(h, -2, *poles, boundary, axis_name=name)
+        parts = scan if name is None else jax.shard_map(scan, in_specs=(cut, *[jax.P()] * 3), out_specs=cut)
+        square = lambda *z: jnp.sum(parts(*z) ** 2)
+        return parts(h, Lambda, *ways), jax.grad(square, (0, 1, 2, 3))(h, Lambda, *ways)
+
+    for boundary in space.BOUNDARIES:
+        want = jax.jit(partial(run, boundary=boundary))(h, Lambda, *ways)
+        for n in (2, 8):
+            got = on({"space": n}, partial(run, boundary=boundary, name="space"), h, Lambda, *ways)
+            for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+                np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max(), err_msg=f"{boundary}, {n}")
 
 
 def layers():
@@ -159,7 +192,7 @@ def models():
     increments = partial(Forecaster, field, (0.1, 0.2), (1.0, 2.0), (0.1, 0.1))
     tried = {
         "conv_s5": field,
-        "edges": residual_conv(GRID, 2, width=2, n_layers=1, boundary=("replicate", "zero")),
+        "edges": conv_scan(GRID, 2, width=2, n_layers=1, boundary=("replicate", "zero")),
         "waves": conv_spectral(GRID, 2, width=4, n_layers=1, modes=3),
         "mirrors": fno(GRID, 2, width=4, n_layers=1, modes=3, boundary=("reflect", "periodic")),
         "band": increments(band=space.Band((2, 3), (False, True), ("periodic", "reflect"))),
@@ -182,18 +215,7 @@ def models():
     like_one_device(lambda v, x: (gaps.apply(v, x), rollout(gaps, v, x[:, :3], 2)), (v, holes), [{"batch": 2, "space": (2, 2)}])
 
 
-def sent(compiled):
-    "Kind and bytes of what each device sends or hears in a compiled program."
-    sizes = {"f32": 4, "c64": 8, "pred": 1, "s32": 4}
-    kinds = "all-gather|all-to-all|collective-permute|all-reduce|reduce-scatter"
-    found = re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", compiled.as_text())
-    of = lambda shapes: sum(
-        sizes[kind] * int(np.prod([int(n) for n in shape.split(",") if n])) for kind, shape in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
-    )
-    return [(kind, of(shapes)) for shapes, kind in found]
-
-
-def messages():
+def what_is_sent():
     "What is sent at once is no more than a row of features, or a state; gradients are added up. Samples alone send nothing."
     x = noise(8, 64, 16, 16, 2)
     model = conv_s5((16, 16), 2, width=8, d_hidden=8, n_layers=2)
@@ -207,30 +229,48 @@ def messages():
         state = 8 * 8 * x[:, 0, ..., 0].size // cut.get("batch", 1)
         for name, program in programs.items():
             with jax.set_mesh(make_mesh(**cut)):
-                moved = sent(jax.jit(program).lower(v, x).compile())
-            assert max((size for kind, size in moved if kind != "all-reduce"), default=0) <= max(row, state), (cut, name, moved)
-            assert {kind for kind, _ in moved} <= {"collective-permute", "all-reduce"}, (cut, name, moved)
-            assert sum(size for kind, size in moved if kind == "all-reduce") <= parameters, (cut, name, moved)
-            assert not moved or cut != {"batch": 8} or name == "gradient"
+                sent = messages(jax.jit(program).lower(v, x).compile())
+            assert set(sent) <= {"collective-permute", "all-reduce"}, (cut, name, set(sent))
+            assert max(sent.get("collective-permute", [0])) <= max(row, state), (cut, name, sent)
+            assert sum(sent.get("all-reduce", [0])) <= parameters, (cut, name, sent)
+            assert not sent or cut != {"batch": 8} or name == "gradient"
+    looped = lambda x: jax.lax.scan(lambda x, _: (jax.lax.ppermute(x, "space", [(0, 1), (1, 0)]), None), x, None, 5)[0]
+    with jax.set_mesh(make_mesh(space=2)):
+        parts = jax.shard_map(looped, in_specs=jax.P("space"), out_specs=jax.P("space"))
+        assert messages(jax.jit(parts).lower(jnp.ones((2, 3))).compile()) == {"collective-permute": [12] * 5}
 
 
-def trained(steps, folder=None):
-    "A small training, to so many steps, in a run."
+def small():
+    "A field, a model and its variables."
     x = np.asarray(noise(16, 20, *GRID, 2)).cumsum(1)
     model = conv_s5(GRID, 2, width=4, d_hidden=4, n_layers=1)
-    v = jax.jit(model.init)(KEY, x[:1])
-    batches, loss = lambda start: window_batches(x, 8, 4, start=start, shift=True), partial(next_frame_loss, model)
-    run = Run(folder, {}) if folder else None
-    return x, model, *fit(loss, v, batches, make_optimizer(model, 1e-3, 12), steps, run=run, check_every=2)
+    return x, model, jax.jit(model.init)(KEY, x[:1])
+
+
+def trained(steps, folder=None, lost=None):
+    "A small training, to so many steps, in a run; `lost`: the step before which the last of several processes is killed."
+    x, model, v = small()
+
+    def batches(start):
+        for step, batch in enumerate(window_batches(x, 8, 4, start=start, shift=True), start + 1):
+            if step == lost and choices(True).all() and jax.process_index() == jax.process_count() - 1:
+                time.sleep(1)  # while the others wait for it
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield batch
+
+    run = Run(folder, {}, every=0) if folder else None
+    loss, optimizer = partial(next_frame_loss, model), make_optimizer(model, 1e-3, 12)
+    return fit(loss, v, batches, optimizer, steps, run=run, check_every=2)
 
 
 def training():
     "A run is the same on every mesh, and goes on from where it was stopped on another one; batches lie cut, frames stay so."
     folder = tempfile.mkdtemp()
-    x, model, v, losses = trained(12)
+    x, model, _ = small()
+    v, losses = trained(12)
     for steps, cut in (4, {"batch": 4, "space": 2}), (8, {"space": 2}), (12, {}):
         with jax.set_mesh(make_mesh(**cut)):
-            again, told = trained(steps, folder)[2:]
+            again, told = trained(steps, folder)
             np.testing.assert_allclose(told, losses[:steps], rtol=1e-5)
     for got, want in zip(jax.tree.leaves(again), jax.tree.leaves(v), strict=True):
         np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
@@ -253,18 +293,25 @@ def command_line():
         words = ["rollout", str(at / name), str(at / "x.npy"), "--steps", "5", "--out", str(at / f"{name}.npy")]
         assert cli.main(words + (["--mesh", "space=8"] if mesh else [])) == 0
     np.testing.assert_allclose(np.load(at / "cut.npy"), np.load(at / "alone.npy"), atol=1e-5)
+    errors = []
+    for mesh in [], ["--mesh", "batch=3,space=2"]:
+        assert cli.main(["evaluate", str(at / "cut"), "--steps", "3", "--no-pictures", *mesh]) == 0
+        errors.append(json.loads((at / "cut" / "metrics.json").read_text())["rmse"]["model"])
+    np.testing.assert_allclose(errors[1], errors[0], rtol=1e-4)
     assert cli.main([*words, "--overwrite", "--mesh", "space=9"]) == 2 and cli.main([*words, "--overwrite", "--mesh", "width=2"]) == 2
 
 
 def refusals():
     "What can't be cut says so in a line, before any compute."
-    dense = BatchStackedSSM2DModel(partial(LRU, d_hidden=4), GRID, 1, 1)
-    seen = lambda **said: BatchStackedSSM2DModel(partial(LRU, d_hidden=4), GRID, 1, 1, width=4, **said)
+    layer = partial(LRU, d_hidden=4)
+    dense = BatchStackedSSM2DModel(layer, GRID, 1, 1)
+    seen = lambda **said: BatchStackedSSM2DModel(layer, GRID, 1, 1, width=4, **said)
     x = noise(2, 6, *GRID, 1)
     for model, cut, words in (
         (dense, {"space": 2}, "Dense has one state for the whole frame"),
         (seen(space=space.Separable()), {"space": 2}, "Separable has a matrix"),
-        (seen(space=space.Scan()), {"space": (1, 2)}, "cuts space_1, axis 1 of the grid, and Scan has a scan along it"),
+        (seen(space=space.Scan(ssm=layer, boundary="zero")), {"space": (1, 2)}, "cuts space_1, axis 1 of the grid, and Scan has a layer"),
+        (seen(space=space.Scan(native=(16, 24))), {"space": 2}, "Scan has poles of another grid"),
         (seen(space=space.Conv(3)), {"batch": 4}, "expected a multiple of 4 on axis 0"),
         (seen(space=space.Conv(3)), {"space": (1, 8)}, "expected a multiple of 8 on axis 3"),
         (seen(space=space.Conv(5)), {"space": 8}, "2 places beyond an edge are read, and a device has 1"),
@@ -279,19 +326,37 @@ def refusals():
         raise AssertionError(f"{words}: was taken without a word")
 
 
+def make_forecast(folder, chunks, name="forecast"):
+    zarr.create_array(folder / f"{name}.zarr", shape=(8, 6, *GRID, 2), chunks=chunks, dtype="float32", overwrite=True)
+
+
 def process(folder):
-    "One of several processes with eight devices in all: some updates of a run; each reads the samples of its own devices alone."
+    """One of several processes with eight devices in all: some updates of a run, each reading the samples of its own devices.
+
+    Two forecast into one file, each its part, and of two one is killed before the fifth update; four go on.
+    """
+    at, two = Path(folder), jax.process_count() == 2
     with jax.set_mesh(make_mesh(batch=4, space=2)):
-        x, model, v, losses = trained(2 * jax.process_count(), folder)
-        batch = next(window_batches(x, 8, 4, shift=True))
-        assert sum(shard.data.size for shard in batch.addressable_shards) == batch.size // jax.process_count()
-        if jax.process_count() == 2:
-            assert not rollout(model, v, x[:8, :2], 2).is_fully_addressable
+        if two:
+            x, model, v = small()
+            batch = next(window_batches(x, 8, 4, shift=True))
+            assert sum(shard.data.size for shard in batch.addressable_shards) == batch.size // 2
+            first_alone(lambda: make_forecast(at, (2, 3, 4, 12, 2)))
+            write_rollout(zarr.open_array(at / "forecast.zarr"), model, v, x[:8, :2], chunk=4)
+            first_alone(lambda: make_forecast(at, (2, 3, 5, 12, 2), "refused"))
+            with pytest.raises(ValueError, match="out has chunks of 5 on axis 2, where a device has 4"):
+                write_rollout(zarr.open_array(at / "refused.zarr"), model, v, x[:8, :2])
+            with pytest.raises(RolloutDivergedError, match="frame 0"):
+                rollout(model, jax.tree.map(lambda p: p * np.inf, v), x[:8, :2], 2)  # which no process has whole
+        trained(8, at / "run", lost=5 if two else None)
 
 
 def processes(folder):
-    "What several processes did goes on in one, to the same losses."
-    np.testing.assert_allclose(trained(12, folder)[3], trained(12)[3], rtol=1e-5)
+    "What several processes did goes on in one, to the same losses; their forecast is that of one."
+    at = Path(folder)
+    np.testing.assert_allclose(trained(12, at / "run")[1], trained(12)[1], rtol=1e-5)
+    x, model, v = small()
+    np.testing.assert_allclose(zarr.open_array(at / "forecast.zarr")[:], rollout(model, v, x[:8, :2], 6), atol=1e-5)
 
 
 if __name__ == "__main__":

@@ -250,6 +250,7 @@ VALID = {
         model=model, learning_rate=1e-3, steps=10, ssm_learning_rate=1e-3, weight_decay=0.1, warmup=0.1, clip=1.0, accumulate=2
     ),
     "mesh.cut_axes": dict(n=2),
+    "mesh.fitting": dict(size=3),
     "mesh.mesh_of": dict(said="batch=1"),
     "mesh.make_mesh": dict(batch=1, time=1, space=(1, 1)),
     "training.free_runs_loss": dict(
@@ -272,7 +273,7 @@ NO_DOOR = {  # public names that take nothing which could be wrong without a wor
         "blocks.Gate", "contract.Recurrent", "contract.SSMLayer", "run.run", "run.segment_steps", "run.whole",
         "s4.DPLRSystem", "space.along", "system.product", "mesh.handed_on", "mesh.is_end", "mesh.mesh_to_follow",
         "mesh.batch_sharding", "mesh.choices", "mesh.everywhere", "mesh.first_alone", "mesh.on_parts",
-        "mesh.own_part", "mesh.parts_by", "mesh.placed",
+        "mesh.messages", "mesh.on_host", "mesh.own_part", "mesh.parts_by", "mesh.placed",
         "scan.binary_operator", "scan.steps_before", "scan.varying_as", "scan.without_axis", "system.Diagonal", "system.DiagonalBank",
         "system.DiagonalSystem", "system.System", "system.Times", "system.times_of", "training.train_step",
         "hippo.DPLRForm", "metrics.LinearForecast", "data.Normalizer", "space.Band",
@@ -296,7 +297,7 @@ NO_DOOR = {  # public names that take nothing which could be wrong without a wor
     ),
     "the command line; its files and words are tried in test_cli": tuple(n for n in PUBLIC if n.startswith("cli.")),
     "pictures of what the library made": ("plots.plot_losses", "plots.plot_poles", "plots.plot_spectra"),
-    "exceptions": ("rollout.RolloutDivergedError", "runs.SaveError", "training.DivergedError"),
+    "exceptions": ("rollout.RolloutDivergedError", "runs.SaveError", "training.DivergedError", "training.ProcessLostError"),
 }
 
 NAN = float("nan")

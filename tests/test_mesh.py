@@ -1,6 +1,7 @@
 """Programs on a mesh of devices: the laws of `mesh_laws.py`, each in a process of its own with eight simulated devices."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import runpy, sys
 import jax
 n, rank, port, *sys.argv = *map(int, sys.argv[1:4]), *sys.argv[4:]
 jax.config.update("jax_num_cpu_devices", 8 // n)
-jax.distributed.initialize(f"127.0.0.1:{port}", n, rank)
+jax.distributed.initialize(f"127.0.0.1:{port}", n, rank, heartbeat_timeout_seconds=10)
 sys.path.insert(0, sys.argv[0].rpartition("/")[0])
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -35,17 +36,25 @@ def holds(program):
     assert program.returncode == 0 and said.endswith("holds\n"), errors[-3000:]
 
 
-@pytest.mark.parametrize("law", ["scan", "layers", "blocks", "guests", "models", "messages", "training", "command_line", "refusals"])
+@pytest.mark.parametrize("law", ["scans", "layers", "blocks", "guests", "models", "what_is_sent", "training", "command_line", "refusals"])
 def test_on_eight_devices(law):
     holds(started(LAWS, law, devices=8))
 
 
 def test_several_processes(tmp_path):
-    "Two begin a run, four go on with it, one ends it: the losses are those of one."
+    "Two begin a run and one of them is killed; four go on at its last checkpoint, one ends it: the losses are those of one."
     for n in (2, 4):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        for program in [started("-c", PROCESS, n, rank, port, LAWS, "process", tmp_path / "run") for rank in range(n)]:
+        together = [started("-c", PROCESS, n, rank, port, LAWS, "process", tmp_path) for rank in range(n)]
+        if n == 2:
+            survivor, killed = together
+            assert killed.wait() == -signal.SIGKILL, killed.stderr.read()[-3000:]
+            errors = survivor.communicate(timeout=60)[1]
+            told = "another process could not be reached" in errors and "the checkpoint of step 4 in" in errors
+            assert survivor.returncode != 0 and (told or "another task died" in errors), errors[-3000:]
+            continue
+        for program in together:
             holds(program)
-    holds(started(LAWS, "processes", tmp_path / "run"))
+    holds(started(LAWS, "processes", tmp_path))
