@@ -56,6 +56,7 @@ test-oldest:  ## run the notebooks and the tests on the lower bounds of settings
 bench: install $(VENV)/.installed-bench  ## measure speed and memory; tables in benchmarks/results/
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/space_cost.py
+	$(BIN)/python benchmarks/mesh.py
 
 scores: install $(VENV)/.installed-bench  ## what is missing of the scores on public protocols; hours, can be stopped at any time
 	$(BIN)/python benchmarks/apebench.py
