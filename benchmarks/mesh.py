@@ -22,8 +22,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from kept import run_missing
 
-from ssm_lib import LRU, S4, S4D, S5SSM, Plan, SequenceLayer, next_frame_loss
-from ssm_lib.dss import DSS
+from ssm_lib import LRU, S4D, S5SSM, Plan, SequenceLayer, next_frame_loss
 from ssm_lib.mesh import batch_sharding, everywhere, make_mesh, messages
 from ssm_lib.recipes import PointwisePoles, conv_s5
 
@@ -116,8 +115,7 @@ def interleaved(programs, times=9):
 
 
 LAYERS = {
-    "S5": partial(S5SSM, d_hidden=32, blocks=1), "LRU": partial(LRU, d_hidden=32), "DSS": partial(DSS, d_hidden=32, l_max=2**15),
-    "S4D": partial(S4D, d_hidden=32), "S4": partial(S4, d_hidden=32),
+    "S5": partial(S5SSM, d_hidden=32, blocks=1), "LRU": partial(LRU, d_hidden=32), "S4D": partial(S4D, d_hidden=32),
 }
 
 
@@ -130,7 +128,7 @@ def on_mesh(mesh, program, *args):
         return jax.jit(program).lower(*args).compile(), args
 
 
-def work(name, batch=4, steps=2**15):
+def work(name, steps, batch=4):
     """A layer's recurrence and its gradient, on a device alone and where time is cut, all devices together.
 
     Alone twice: in segments, as it is run there, and all steps at once, as a device runs its stretch.
@@ -166,7 +164,7 @@ KINDS = {
     **{f"training, {n} rows": partial(on_paper, "training", n, "rows") for n in (64, 512)},
     **{f"rollout, {n}": partial(on_paper, "rollout", n, "squares") for n in COUNTS},
     **{f"sequence, {n}": partial(on_paper, "sequence", n, "time") for n in COUNTS},
-    **{f"work, {name}": partial(work, name) for name in LAYERS},
+    **{f"work, {name}": partial(work, name, 2**12 if name == "S4D" else 2**15) for name in LAYERS},
     "weak": weak,
 }
 QUICK = {"rollout, 4": partial(on_paper, "rollout", 4, "squares", (16, 16))}

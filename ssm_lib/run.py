@@ -8,6 +8,7 @@ __all__ = ['Plan', 'segment_steps', 'run', 'whole']
 # %% ../nbs/04_run.ipynb #ed0ef610
 import math
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from .checks import Choice, Maybe, Size, check_fields, check_length, known, shown
 from .discretization import common_dtype
 from .mesh import handed_on, is_end
-from .scan import SCAN_BACKENDS, scan_in_segments, varying_as, without_axis
+from .scan import SCAN_BACKENDS, scan_in_segments, state_before, varying_as, without_axis
 from .system import System, Times, feed_through
 
 # %% ../nbs/04_run.ipynb #44f994c4
@@ -26,8 +27,8 @@ class Plan:
     Parameters
     ----------
     backend : of the scan: "auto", "sequential", "associative" or "lanes", as in `linear_scan`
-    segment : steps whose states exist at once; None chooses by the size of the state. Where time is cut over devices
-        and the system can be run on all at once, the states of a device's whole stretch exist
+    segment : steps whose states exist at once; None chooses by the size of the state, and where time is cut over devices
+        takes all of a device's, if they are few beside its inputs: else states are worked out twice
     """
 
     backend: str = "auto"
@@ -83,17 +84,21 @@ def _segment(system, u, x, times, plan, reverse, **options):
     return x, (xs, y) if times.keep == "all" else y
 
 
-def _segments(system, u, x, times, plan, reverse):
-    "All of time on this device."
+def _steps(u, x, times, plan):
+    "Steps of a stretch, and of its segments."
+    L, width = jax.tree.leaves(u)[0].shape[times.axis], sum(z.size for z in jax.tree.leaves(x))
+    return L, plan.segment or segment_steps(L, width or 1)
+
+
+def _segments(system, u, x, times, plan, reverse, segment=_segment):
+    "All of time on this device: `segment` of each, (state after it, what it gives)."
     cut, dt = (times, None) if times.dt_varies else (replace(times, dt=None), times.dt)
 
-    def segment(x, part):
+    def each(x, part):
         u, times = part
-        return _segment(system, u, x, times if dt is None else replace(times, dt=dt), plan, reverse)
+        return segment(system, u, x, times if dt is None else replace(times, dt=dt), plan, reverse)
 
-    L, width = jax.tree.leaves(u)[0].shape[times.axis], sum(z.size for z in jax.tree.leaves(x))
-    steps = plan.segment or segment_steps(L, width or 1)
-    return scan_in_segments(segment, x, (u, cut), steps, axis=times.axis, reverse=reverse)
+    return scan_in_segments(each, x, (u, cut), _steps(u, x, times, plan)[1], axis=times.axis, reverse=reverse)
 
 # %% ../nbs/04_run.ipynb #04d00002
 def _from(x, axis_name, last):
@@ -102,10 +107,36 @@ def _from(x, axis_name, last):
     return jax.tree.map(lambda z: jax.lax.psum(only(z), axis_name), x)
 
 
+def _fits(u, x, times, plan):
+    "Whether all states of a device's stretch may exist at once: one segment, or states that are few beside the inputs."
+    L, steps = _steps(u, x, times, plan)
+    numbers = lambda tree: sum(z.size * (2 if jnp.iscomplexobj(z) else 1) for z in jax.tree.leaves(tree))
+    return L <= steps or (plan.segment is None and numbers(x) * L <= 4 * numbers(u))
+
+
+def _ends(system, u, x, times, plan, reverse):
+    "Of a segment the state after it, and what is left of the one before, without outputs."
+    x, left = x
+    u = jax.tree.map(times.see, u)
+    after = system.states(u, x, times, reverse=reverse, backend=plan.backend)
+    end = lambda z: jax.lax.index_in_dim(z, 0 if reverse else -1, times.axis, keepdims=False)
+    return (jax.tree.map(end, after), system.kept(left, u, times)), None
+
+
 def _side_by_side(system, u, x, times, plan, reverse):
-    "Each device its stretch, at once."
-    x, y = _segment(system, u, x, times, plan, reverse, axis_name=times.axis_name)
-    return _from(x, times.axis_name, last=not reverse), y
+    "Each device its stretch, at once: all of it, or in segments, first for its end and then from where it begins."
+    name, alone = times.axis_name, replace(times, axis_name=None)
+    if _fits(u, x, times, plan):
+        x, y = _segment(system, u, x, times, plan, reverse, axis_name=name)
+        return _from(x, name, last=not reverse), y
+    first = is_end(name, last=reverse)
+    start = jax.tree.map(lambda z: jnp.where(first, z, 0), x)
+    like = jax.eval_shape(lambda u: system.kept(1, u, alone), u)
+    ones = jax.tree.map(lambda z: varying_as(jax.tree.leaves(u)[0], jnp.ones(z.shape, z.dtype)), like)
+    own, left = _segments(system, u, (start, ones), alone, plan, reverse, _ends)[0]
+    before = jax.tree.map(lambda a, z: state_before(a, z, False, reverse, name), left, own)
+    x, y = _segments(system, u, jax.tree.map(partial(jnp.where, first), x, before), alone, plan, reverse)
+    return _from(x, name, last=not reverse), y
 
 
 def _in_turn(system, u, x, times, plan, reverse):

@@ -203,6 +203,10 @@ class System(abc.ABC):
         are zero already.
         """
 
+    def kept(self, x, u, times: Times) -> Any:
+        "What is left of states x after a segment, whatever it adds; asked for where `at_once`, where time is cut."
+        raise NotImplementedError
+
     @abc.abstractmethod
     def observe(self, x, u) -> jax.Array:
         "The outputs `(…, H)` of states and the inputs that led to them, without the feedthrough."
@@ -236,9 +240,21 @@ class Diagonal(System):
         fixed = self.step(dt)
         return replace(self, step=lambda _: fixed)
 
-    def states(self, u, x, times, **options):
+    def _driven(self, u, times):
         step = self.step(None if times.dt is None else times.dt[..., None])
-        return linear_scan(*times.fold(*matched(*self.drive(step, u))), x, axis=times.axis, **options)
+        return times.fold(*matched(*self.drive(step, u)))
+
+    def states(self, u, x, times, **options):
+        return linear_scan(*self._driven(u, times), x, axis=times.axis, **options)
+
+    def kept(self, x, u, times):
+        a, Bu = self._driven(u, times)
+        if a.shape[times.axis] == Bu.shape[times.axis]:
+            return x * jnp.prod(a, times.axis)
+        nothing = jnp.zeros([n if i == times.axis else 1 for i, n in enumerate(Bu.shape[:-1])] + [Bu.shape[-1]], a.dtype)
+        one = jnp.ones(without_axis(nothing.shape, times.axis), a.dtype)
+        steps = linear_scan(a, nothing, one, axis=times.axis)  # one by one: a power in one go has fewer digits
+        return x * jax.lax.index_in_dim(steps, -1, times.axis, keepdims=False)
 
 
 @dataclass(frozen=True)

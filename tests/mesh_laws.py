@@ -25,6 +25,7 @@ from ssm_lib import (
     S5SSM,
     BatchStackedSSM2DModel,
     Forecaster,
+    Plan,
     Recurrent,
     RolloutDivergedError,
     Run,
@@ -127,6 +128,8 @@ def layers():
         one_of_a_kind = name in ("s5_zoh", "dss", "s4", "s5_both")  # the others have the same systems, of other poles
         for told, cut in [({}, {"time": 8})] * one_of_a_kind + [(said, {"batch": 2, "time": 4})]:
             told = {k: z for k, z in told.items() if k != "dt" or name not in EQUAL_STEPS_ONLY}
+            plan = Plan(segment=2 if not told or name in ("dss", "lru") else None)  # a device's stretch in pieces, or at once
+            layer = layer.clone(plan=plan)
 
             def ways(v, u, layer=layer, told=told, sloped=one_of_a_kind):
                 square = lambda v, u: jnp.sum(layer.apply(v, u, **told) ** 2)
