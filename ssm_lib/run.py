@@ -27,8 +27,8 @@ class Plan:
     Parameters
     ----------
     backend : of the scan: "auto", "sequential", "associative" or "lanes", as in `linear_scan`
-    segment : steps whose states exist at once; None chooses by the size of the state, and where time is cut over devices
-        takes all of a device's, if they are few beside its inputs: else states are worked out twice
+    segment : steps whose states exist at once; None chooses by the size of the state. Where time is cut over devices
+        it takes all of a device's, if they are few beside its inputs; else states are worked out twice
     """
 
     backend: str = "auto"

@@ -251,8 +251,8 @@ class Diagonal(System):
         a, Bu = self._driven(u, times)
         if a.shape[times.axis] == Bu.shape[times.axis]:
             return x * jnp.prod(a, times.axis)
-        nothing = jnp.zeros([n if i == times.axis else 1 for i, n in enumerate(Bu.shape[:-1])] + [Bu.shape[-1]], a.dtype)
-        one = jnp.ones(without_axis(nothing.shape, times.axis), a.dtype)
+        shape = [n if i in (times.axis, Bu.ndim - 1) else 1 for i, n in enumerate(Bu.shape)]
+        nothing, one = jnp.zeros(shape, a.dtype), jnp.ones(without_axis(shape, times.axis), a.dtype)
         steps = linear_scan(a, nothing, one, axis=times.axis)  # one by one: a power in one go has fewer digits
         return x * jax.lax.index_in_dim(steps, -1, times.axis, keepdims=False)
 
