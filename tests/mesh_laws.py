@@ -126,7 +126,7 @@ def layers():
         layer = make(d_model=3)
         v = jax.jit(layer.init)(KEY, u)
         one_of_a_kind = name in ("s5_zoh", "dss", "s4", "s5_both")  # the others have the same systems, of other poles
-        for told, cut in [({}, {"time": 8})] * one_of_a_kind + [(said, {"batch": 2, "time": 4})]:
+        for told, cut in [({}, {"time": 8})] * (name in ("s5_both", "s4")) + [(said, {"batch": 2, "time": 4})]:
             told = {k: z for k, z in told.items() if k != "dt" or name not in EQUAL_STEPS_ONLY}
             plan = Plan(segment=2 if not told or name in ("dss", "lru") else None)  # a device's stretch in pieces, or at once
             layer = layer.clone(plan=plan)
