@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPACE', 'AXES', 'make_mesh', 'mesh_of', 'mesh_to_follow', 'on_parts', 'parts_by', 'cut_axes', 'batch_sharding',
            'placed', 'fitting', 'everywhere', 'choices', 'on_host', 'first_alone', 'handed_on', 'own_part', 'is_end',
-           'messages']
+           'from_end', 'messages']
 
 # %% ../nbs/01_mesh.ipynb #01c00003
 import contextlib
@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -211,21 +212,30 @@ def is_end(
     "Whether this device is at the end of an axis."
     return jax.lax.axis_index(axis_name) == (jax.lax.psum(1, axis_name) - 1 if last else 0)
 
+
+def from_end(
+    x: jax.Array,  # on each device
+    axis_name: str,  # of the mesh
+    last: bool,  # the last device of it; else the first
+) -> jax.Array:  # what that device has, on all
+    "What the device at the end of an axis has."
+    return jax.lax.psum(jnp.where(is_end(axis_name, last), x, jnp.zeros_like(x)), axis_name)
+
 # %% ../nbs/01_mesh.ipynb #01e00002
 _KINDS = "all-gather|all-to-all|collective-permute|all-reduce|reduce-scatter"
-_BYTES = {"pred": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "f64": 8, "c64": 8, "c128": 16}
 
 
 def _size(shapes):
     "Bytes of arrays as XLA writes them, f32[2,3] or several in brackets."
     numbers = lambda shape: math.prod(int(n) for n in shape.split(",") if n)
-    return sum(_BYTES[kind] * numbers(shape) for kind, shape in re.findall(r"(\w+)\[([\d,]*)\]", shapes))
+    each = lambda kind: 1 if kind == "pred" else int(re.search(r"\d+", kind)[0]) // 8  # f32 has 32 bits
+    return sum(each(kind) * numbers(shape) for kind, shape in re.findall(r"(\w+)\[([\d,]*)\]", shapes))
 
 
 def messages(
     compiled,  # a program, `jax.jit(f).lower(…).compile()`
 ) -> dict:  # kind → sizes in bytes, one for each message that a device sends or hears
-    "What a program sends, as XLA calls it: collective-permute, all-reduce, all-gather and so on."
+    "What a program sends, as XLA calls it: collective-permute, all-reduce and so on; all branches of a condition."
     parts = dict(re.findall(r"(?m)^(?:ENTRY )?%?([\w.-]+) \(.*\{\n((?:  .*\n|\n)*)\}", compiled.as_text()))
     entry = re.search(r"(?m)^ENTRY %?([\w.-]+)", compiled.as_text()).group(1)
 

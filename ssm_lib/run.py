@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from .checks import Choice, Maybe, Size, check_fields, check_length, known, shown
 from .discretization import common_dtype
-from .mesh import handed_on, is_end
+from .mesh import from_end, handed_on, is_end
 from .scan import SCAN_BACKENDS, scan_in_segments, state_before, varying_as, without_axis
 from .system import System, Times, feed_through
 
@@ -74,13 +74,17 @@ def _checked_carry(x, zero):
     return x
 
 
+def _end(xs, times, reverse):
+    "The state after a segment, of those after its steps."
+    return jax.tree.map(lambda z: jax.lax.index_in_dim(z, 0 if reverse else -1, times.axis, keepdims=False), xs)
+
+
 def _segment(system, u, x, times, plan, reverse, **options):
     "The state after a segment, and its outputs, with the states before them where all are kept."
     u = jax.tree.map(times.see, u)
     xs = system.states(u, x, times, reverse=reverse, backend=plan.backend, **options)
     y = _with_feedthrough(system, system.observe(xs, u), u, times)
-    end = lambda z: jax.lax.index_in_dim(z, 0 if reverse else -1, times.axis, keepdims=False)
-    x = jax.tree.map(end, xs) if jax.tree.leaves(u)[0].shape[times.axis] != 0 else x
+    x = _end(xs, times, reverse) if jax.tree.leaves(u)[0].shape[times.axis] != 0 else x
     return x, (xs, y) if times.keep == "all" else y
 
 
@@ -101,12 +105,6 @@ def _segments(system, u, x, times, plan, reverse, segment=_segment):
     return scan_in_segments(each, x, (u, cut), _steps(u, x, times, plan)[1], axis=times.axis, reverse=reverse)
 
 # %% ../nbs/04_run.ipynb #04d00002
-def _from(x, axis_name, last):
-    "x of the first device of a mesh axis, or of the last, on all of them."
-    only = lambda z: jnp.where(is_end(axis_name, last), z, jnp.zeros_like(z))
-    return jax.tree.map(lambda z: jax.lax.psum(only(z), axis_name), x)
-
-
 def _fits(u, x, times, plan):
     "Whether all states of a device's stretch may exist at once: one segment, or states that are few beside the inputs."
     L, steps = _steps(u, x, times, plan)
@@ -119,8 +117,7 @@ def _ends(system, u, x, times, plan, reverse):
     x, left = x
     u = jax.tree.map(times.see, u)
     after = system.states(u, x, times, reverse=reverse, backend=plan.backend)
-    end = lambda z: jax.lax.index_in_dim(z, 0 if reverse else -1, times.axis, keepdims=False)
-    return (jax.tree.map(end, after), system.kept(left, u, times)), None
+    return (_end(after, times, reverse), system.kept(left, u, times)), None
 
 
 def _side_by_side(system, u, x, times, plan, reverse):
@@ -128,7 +125,7 @@ def _side_by_side(system, u, x, times, plan, reverse):
     name, alone = times.axis_name, replace(times, axis_name=None)
     if _fits(u, x, times, plan):
         x, y = _segment(system, u, x, times, plan, reverse, axis_name=name)
-        return _from(x, name, last=not reverse), y
+        return jax.tree.map(lambda z: from_end(z, name, last=not reverse), x), y
     first = is_end(name, last=reverse)
     start = jax.tree.map(lambda z: jnp.where(first, z, 0), x)
     like = jax.eval_shape(lambda u: system.kept(1, u, alone), u)
@@ -136,7 +133,7 @@ def _side_by_side(system, u, x, times, plan, reverse):
     own, left = _segments(system, u, (start, ones), alone, plan, reverse, _ends)[0]
     before = jax.tree.map(lambda a, z: state_before(a, z, False, reverse, name), left, own)
     x, y = _segments(system, u, jax.tree.map(partial(jnp.where, first), x, before), alone, plan, reverse)
-    return _from(x, name, last=not reverse), y
+    return jax.tree.map(lambda z: from_end(z, name, last=not reverse), x), y
 
 
 def _in_turn(system, u, x, times, plan, reverse):
@@ -157,7 +154,7 @@ def _in_turn(system, u, x, times, plan, reverse):
         return (jax.tree.map(lambda z: handed_on(z, name, -1 if reverse else 1), x), y), None
 
     (x, y), _ = jax.lax.scan(turn, (x, nothing), order[::-1] if reverse else order)
-    return _from(x, name, last=reverse), y
+    return jax.tree.map(lambda z: from_end(z, name, last=reverse), x), y
 
 # %% ../nbs/04_run.ipynb #04d00003
 def _in_segments(system, u, x, times, plan, reverse=False):

@@ -23,7 +23,7 @@ from flax.linen.dtypes import promote_dtype
 from .checks import Array, Choice, Each, Flag, Function, Made, Maybe, Number, Size, Text, shown, takes
 from .checks import check_fields, per_axis
 from .discretization import common_dtype
-from .mesh import cut_axes, handed_on, is_end, own_part
+from .mesh import cut_axes, from_end, handed_on, is_end, own_part
 from .scan import linear_scan
 from .system import product, project, read_out, to_complex
 
@@ -603,11 +603,8 @@ def _scan_parts(h, axis, Lambda, C_right, C_left, boundary, axis_name):
     a, u = flat(Lambda), flat(jnp.broadcast_to(h[..., None, :], wide))
     right, left = (linear_scan(a, u, reverse=turned, axis=axis, axis_name=axis_name) for turned in (False, True))
 
-    def at_end(x, last):
-        x = jax.lax.slice_in_dim(x, N - 1 if last else 0, N if last else 1, axis=axis)
-        return jax.lax.psum(jnp.where(is_end(axis_name, last), x, 0), axis_name)
-
-    ends = at_end(right, True), at_end(left, False), at_end(u, False), at_end(u, True)
+    edge = lambda x, last: jax.lax.slice_in_dim(x, N - 1 if last else 0, N if last else 1, axis=axis)
+    ends = [from_end(edge(x, last), axis_name, last) for x, last in ((right, 1), (left, 0), (u, 0), (u, 1))]
     place = jnp.arange(N).reshape(N, *(1,) * (-axis - 1)) + jax.lax.axis_index(axis_name) * N
     beyond = _starts(boundary, *ends, a, a ** (N * devices))
     right, left = right + a ** (place + 1) * beyond[0], left + a ** (N * devices - place) * beyond[1]

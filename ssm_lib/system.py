@@ -251,7 +251,7 @@ class Diagonal(System):
         a, Bu = self._driven(u, times)
         if a.shape[times.axis] == Bu.shape[times.axis]:
             return x * jnp.prod(a, times.axis)
-        shape = [n if i in (times.axis, Bu.ndim - 1) else 1 for i, n in enumerate(Bu.shape)]
+        shape = (*a.shape[: times.axis], Bu.shape[times.axis], *a.shape[times.axis + 1 :])
         nothing, one = jnp.zeros(shape, a.dtype), jnp.ones(without_axis(shape, times.axis), a.dtype)
         steps = linear_scan(a, nothing, one, axis=times.axis)  # one by one: a power in one go has fewer digits
         return x * jax.lax.index_in_dim(steps, -1, times.axis, keepdims=False)

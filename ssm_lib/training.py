@@ -301,18 +301,21 @@ class DivergedError(FloatingPointError):
 
 
 class ProcessLostError(RuntimeError):
-    "Of several processes that train together one is gone, so that the others cannot go on."
+    "Several processes that train together cannot go on; one of them is gone, as a rule."
 
     def __init__(self, run, error):
         why = (str(error).splitlines() or [type(error).__name__])[0][:150]
         whole = None if run is None else run.last.latest_step()
         kept = f"the checkpoint of step {whole} in {run.folder} is whole" if whole is not None else "nothing was kept"
-        super().__init__(f"another process could not be reached: {why}; {kept}. Start all of them again, with a run.")
+        super().__init__(
+            f"several processes could not go on together: {why}; {kept}. "
+            "If one of them is gone, start all of them again, with a run."
+        )
 
 
 @contextlib.contextmanager
 def _with_others(run):
-    "Several processes compute together; if one of them ends, the others hear of it from JAX as an error of a message."
+    "Say what stops several processes: if one of them ends, the others hear of it from JAX as an error of a message."
     try:
         yield
     except jax.errors.JaxRuntimeError as error:

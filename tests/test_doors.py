@@ -273,7 +273,7 @@ NO_DOOR = {  # public names that take nothing which could be wrong without a wor
         "blocks.Gate", "contract.Recurrent", "contract.SSMLayer", "run.run", "run.segment_steps", "run.whole",
         "s4.DPLRSystem", "space.along", "system.product", "mesh.handed_on", "mesh.is_end", "mesh.mesh_to_follow",
         "mesh.batch_sharding", "mesh.choices", "mesh.everywhere", "mesh.first_alone", "mesh.on_parts",
-        "mesh.messages", "mesh.on_host", "mesh.own_part", "mesh.parts_by", "mesh.placed",
+        "mesh.from_end", "mesh.messages", "mesh.on_host", "mesh.own_part", "mesh.parts_by", "mesh.placed",
         "scan.binary_operator", "scan.state_before", "scan.steps_before", "scan.varying_as", "scan.without_axis",
         "system.Diagonal", "system.DiagonalBank",
         "system.DiagonalSystem", "system.System", "system.Times", "system.times_of", "training.train_step",

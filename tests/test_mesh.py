@@ -9,7 +9,10 @@ import sys
 from pathlib import Path
 
 import jax
+import optax
 import pytest
+
+from ssm_lib import ProcessLostError, fit
 
 pytestmark = pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="this JAX has no mesh to follow")
 
@@ -53,12 +56,22 @@ def test_several_processes(tmp_path):
             survivor, killed = together
             assert killed.wait() == -signal.SIGKILL, killed.stderr.read()[-3000:]
             errors = survivor.communicate(timeout=60)[1]
-            told = "another process could not be reached" in errors and "the checkpoint of step 4 in" in errors
+            told = "several processes could not go on together" in errors and "the checkpoint of step 4 in" in errors
             assert survivor.returncode != 0 and (told or "another task died" in errors), errors[-3000:]
             continue
         for program in together:
             holds(program)
     holds(started(LAWS, "processes", tmp_path))
+
+
+def test_what_stops_several_processes_is_told(monkeypatch):
+    def batches():
+        raise jax.errors.JaxRuntimeError("a connection was closed\nand more of it")
+        yield
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ProcessLostError, match=r"together: a connection was closed; nothing was kept\. If one"):
+        fit(lambda *_: 0.0, {"params": {}}, batches(), optax.sgd(0.1), 3)
 
 
 def test_on_paper_in_short(tmp_path):
