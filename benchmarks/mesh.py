@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from kept import run_missing
+from speed import interleaved
 
 from ssm_lib import LRU, S4D, S5SSM, Plan, SequenceLayer, next_frame_loss
 from ssm_lib.mesh import batch_sharding, everywhere, make_mesh, messages
@@ -103,15 +104,11 @@ def on_paper(what, n, by, grid=GRID):
         return told({"training": training, "rollout": rollout_step}[what](model, batch))
 
 
-def interleaved(programs, times=9):
-    "Of programs that have run before: seconds of the processors and of the clock, medians, in turns."
-    found = {name: [] for name in programs}
-    for _ in range(times + 1):
-        for name, (program, args) in programs.items():
-            before = time.process_time(), time.perf_counter()
-            jax.block_until_ready(program(*args))
-            found[name].append((time.process_time() - before[0], time.perf_counter() - before[1]))
-    return {name: [float(f"{z:.4g}") for z in np.median(each[1:], 0)] for name, each in found.items()}
+def processor_seconds(programs, seconds=20):
+    "Medians of what programs take of the processors, in turns: {name: (compiled program, arguments)} → {name: seconds}."
+    calls = {name: partial(program, *args) for name, (program, args) in programs.items()}
+    times = interleaved({"": calls}, seconds, clock=time.process_time)[""]
+    return {name: float(f"{median:.4g}") for name, (_, median, _) in times.items()}
 
 
 LAYERS = {
@@ -143,7 +140,7 @@ def work(name, steps, batch=4):
             run = lambda v, u, own=own: own.apply(v, u, method="prefill")[1]
             slope = jax.grad(lambda v, u, run=run: jnp.sum(run(v, u) ** 2), (0, 1))
             programs[n] = on_mesh(make_mesh(time=n if n != "at once" else 1), run if kind == "run" else slope, v, u)
-        found[kind] = interleaved(programs)
+        found[kind] = processor_seconds(programs)
     return found
 
 
@@ -156,7 +153,7 @@ def weak(side=48):
         x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 8, *grid, 1)), jnp.float32)
         slope = jax.grad(partial(next_frame_loss, model))
         programs[rows * columns] = on_mesh(make_mesh(space=(rows, columns)), slope, jax.jit(model.init)(KEY, x), x, KEY)
-    return interleaved(programs)
+    return processor_seconds(programs)
 
 
 KINDS = {

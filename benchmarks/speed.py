@@ -100,7 +100,7 @@ def programs(layer, B, L, H, ways=(GRADIENT,)):
     return compiled(layer.apply, jax.jit(layer.init)(jax.random.PRNGKey(0), u[0, :1]), u, w, ways)
 
 
-def interleaved(groups, seconds, turns=4):
+def interleaved(groups, seconds, turns=4, clock=time.perf_counter):
     """Quartiles of times, for so many seconds in each group {name: call}: {group: {name: quartiles}}.
 
     The calls of a group alternate; each follows itself, not what another left. A group comes back for several turns,
@@ -113,9 +113,9 @@ def interleaved(groups, seconds, turns=4):
             while not rounds or time.perf_counter() < end:
                 for name, call in calls.items():
                     jax.block_until_ready(call())
-                    start = time.perf_counter()
+                    start = clock()
                     jax.block_until_ready(call())
-                    times[key][name].append(time.perf_counter() - start)
+                    times[key][name].append(clock() - start)
                 rounds += 1
     quartiles = lambda t: [float(q) for q in np.quantile(t, (0.25, 0.5, 0.75))]
     return {key: {name: quartiles(t) for name, t in group.items()} for key, group in times.items()}

@@ -3,6 +3,7 @@
 __version__ = "0.1.0"
 
 from ssm_lib.blocks import SequenceLayer
+from ssm_lib.causal_conv import CausalConv
 from ssm_lib.contract import Recurrent, SSMLayer
 from ssm_lib.convolution import causal_convolution, discretize_dense, kernel_dense, run_dense
 from ssm_lib.data import (
@@ -24,6 +25,7 @@ from ssm_lib.forecasts import save_forecasts
 from ssm_lib.hippo import DPLRForm, Hippo, dplr, make_DPLR_HiPPO, make_HiPPO, make_NPLR_HiPPO
 from ssm_lib.inputs import Inputs, WithInputs, fit_inputs
 from ssm_lib.lru import LRU, LRUDynamics
+from ssm_lib.mamba import MambaBlock, selective_scan
 from ssm_lib.measures import nplr, transition
 from ssm_lib.metrics import fit_linear, nrmse, persistence
 from ssm_lib.mesh import make_mesh
@@ -49,6 +51,7 @@ from ssm_lib.pipeline import (
 )
 from ssm_lib.plots import animate_rollout, plot_errors, plot_rollout
 from ssm_lib.projection import HiPPOCell, project_online, reconstruct
+from ssm_lib.rglru import RGLRU, GriffinBlock
 from ssm_lib.rollout import RolloutDivergedError, rollout, rollout_stream, write_rollout
 from ssm_lib.run import Plan
 from ssm_lib.runs import Run, SaveError, load_run

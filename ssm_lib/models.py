@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from .blocks import SequenceLayer
-from .checks import Each, Function, Made, Maybe, Size, shown, takes
-from .contract import Recurrent
+from .checks import Each, Function, Made, Maybe, Size, takes
+from .contract import Recurrent, carries_of
 from .scan import scan_in_segments, varying_as
 from .space import Dense, Space
 from .system import Diagonal
@@ -43,14 +43,6 @@ def _in_segments(model, x, carry, times):
     carry, y = scan_in_segments(run, carry, (x, cut), model.segment, axis=axis)
     return (None if times.keep == "none" else carry), y
 
-
-def _for_blocks(carry, n):
-    "What each of n blocks carries."
-    if carry is None:
-        return [None] * n
-    if not isinstance(carry, tuple | list) or len(carry) != n:
-        raise ValueError(f"carry is {shown(carry)}; expected a tuple of {n}, one for each block.")
-    return carry
 
 # %% ../nbs/31_models.ipynb #9bb96b6b
 class StackedSSM(Recurrent):
@@ -132,7 +124,7 @@ class StackedSSM(Recurrent):
         if times.dt is not None and not self.has_memory:
             raise ValueError("dt is given, but ssm is None; expected none, as a model without memory has no clock.")
         h, times, carries = self.mixing.lift(times.see(x)), self.mixing.times(times), []
-        for block, c in zip(self.blocks, _for_blocks(carry, self.n_layers)):
+        for block, c in zip(self.blocks, carries_of(carry, self.n_layers, "one for each block")):
             c, h = block.stretch(h, c, times)
             carries.append(c)
             times = replace(times, seen=None)  # the first block alone is an initial-condition block

@@ -74,23 +74,19 @@ def _checked_carry(x, zero):
     return x
 
 
-def _end(xs, times, reverse):
-    "The state after a segment, of those after its steps."
-    return jax.tree.map(lambda z: jax.lax.index_in_dim(z, 0 if reverse else -1, times.axis, keepdims=False), xs)
-
-
 def _segment(system, u, x, times, plan, reverse, **options):
     "The state after a segment, and its outputs, with the states before them where all are kept."
     u = jax.tree.map(times.see, u)
-    xs = system.states(u, x, times, reverse=reverse, backend=plan.backend, **options)
-    y = _with_feedthrough(system, system.observe(xs, u), u, times)
-    x = _end(xs, times, reverse) if jax.tree.leaves(u)[0].shape[times.axis] != 0 else x
-    return x, (xs, y) if times.keep == "all" else y
+    after, y = system.advance(u, x, times, reverse=reverse, backend=plan.backend, **options)
+    y = _with_feedthrough(system, y, u, times)
+    return (replace(times, keep="last").kept_of(after, x, reverse), (after, y)) if times.keep == "all" else (after, y)
 
 
-def _steps(u, x, times, plan):
+def _steps(system, u, x, times, plan):
     "Steps of a stretch, and of its segments."
     L, width = jax.tree.leaves(u)[0].shape[times.axis], sum(z.size for z in jax.tree.leaves(x))
+    if plan.segment is None and system.stepwise and known(L):
+        return L, max(math.isqrt(L), 1)  # as many states between segments as inside one, where a gradient is wanted
     return L, plan.segment or segment_steps(L, width or 1)
 
 
@@ -102,12 +98,14 @@ def _segments(system, u, x, times, plan, reverse, segment=_segment):
         u, times = part
         return segment(system, u, x, times if dt is None else replace(times, dt=dt), plan, reverse)
 
-    return scan_in_segments(each, x, (u, cut), _steps(u, x, times, plan)[1], axis=times.axis, reverse=reverse)
+    return scan_in_segments(each, x, (u, cut), _steps(system, u, x, times, plan)[1], axis=times.axis, reverse=reverse)
 
 # %% ../nbs/04_run.ipynb #04d00002
-def _fits(u, x, times, plan):
+def _fits(system, u, x, times, plan):
     "Whether all states of a device's stretch may exist at once: one segment, or states that are few beside the inputs."
-    L, steps = _steps(u, x, times, plan)
+    if system.stepwise:
+        return False
+    L, steps = _steps(system, u, x, times, plan)
     numbers = lambda tree: sum(z.size * (2 if jnp.iscomplexobj(z) else 1) for z in jax.tree.leaves(tree))
     return L <= steps or (plan.segment is None and numbers(x) * L <= 4 * numbers(u))
 
@@ -116,21 +114,22 @@ def _ends(system, u, x, times, plan, reverse):
     "Of a segment the state after it, and what is left of the one before, without outputs."
     x, left = x
     u = jax.tree.map(times.see, u)
-    after = system.states(u, x, times, reverse=reverse, backend=plan.backend)
-    return (_end(after, times, reverse), system.kept(left, u, times)), None
+    after, _ = system.advance(u, x, times, reverse=reverse, backend=plan.backend)
+    return (after, system.kept(left, u, times)), None
 
 
 def _side_by_side(system, u, x, times, plan, reverse):
     "Each device its stretch, at once: all of it, or in segments, first for its end and then from where it begins."
     name, alone = times.axis_name, replace(times, axis_name=None)
-    if _fits(u, x, times, plan):
+    if _fits(system, u, x, times, plan):
         x, y = _segment(system, u, x, times, plan, reverse, axis_name=name)
         return jax.tree.map(lambda z: from_end(z, name, last=not reverse), x), y
     first = is_end(name, last=reverse)
     start = jax.tree.map(lambda z: jnp.where(first, z, 0), x)
     like = jax.eval_shape(lambda u: system.kept(1, u, alone), u)
     ones = jax.tree.map(lambda z: varying_as(jax.tree.leaves(u)[0], jnp.ones(z.shape, z.dtype)), like)
-    own, left = _segments(system, u, (start, ones), alone, plan, reverse, _ends)[0]
+    quick = replace(alone, keep="last")
+    own, left = _segments(system, u, (start, ones), quick, plan, reverse, _ends)[0]
     before = jax.tree.map(lambda a, z: state_before(a, z, False, reverse, name), left, own)
     x, y = _segments(system, u, jax.tree.map(partial(jnp.where, first), x, before), alone, plan, reverse)
     return jax.tree.map(lambda z: from_end(z, name, last=not reverse), x), y

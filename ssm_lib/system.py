@@ -133,6 +133,13 @@ class Times:
         "Whether every step is like every other: then a whole sequence is a convolution."
         return self.mask is None and self.reset is None and not self.dt_varies
 
+    def kept_of(self, xs, x, reverse=False):
+        "Of states after each step, (…, L, …), those that are wanted: all, or the last; x if there is no step."
+        if self.keep == "all":
+            return xs
+        last = lambda z: jax.lax.index_in_dim(z, 0 if reverse else -1, self.axis, keepdims=False)
+        return x if jax.tree.leaves(xs)[0].shape[self.axis] == 0 else jax.tree.map(last, xs)
+
     def turned(self):
         "The same stretch from its end: a reset before step k cuts the link between k and k − 1, so it moves by one."
         if self.reset is None:
@@ -189,27 +196,33 @@ class System(abc.ABC):
     D = None  # (H,) feedthrough, added to the outputs by whoever runs the system; None has none
     l_max = None  # longest sequence that may be run whole; None is any
     backward = None  # a second System, run from the end and added; one that has it cannot be carried
-    at_once = False  # whether `states` takes axis_name=: the parts of a time axis that is cut are run side by side
+    at_once = False  # whether it has `kept`: the parts of a time axis that is cut are run side by side
+    stepwise = False  # whether `advance` goes step by step and needs no states at once but in its gradient
 
     @abc.abstractmethod
     def zero_state(self, lead: tuple) -> Any:
         "The state before anything was seen: zeros `(*lead, …)`."
 
-    @abc.abstractmethod
     def states(self, u, x, times: Times, **options) -> Any:
         """The state after each step of a segment, `(…, L, …)`, time on `times.axis`, from the state x before it.
 
         `options` are those of `linear_scan`: reverse, backend, axis_name. Mask and reset are in `times`; masked inputs
         are zero already.
         """
+        raise NotImplementedError
+
+    def observe(self, x, u) -> jax.Array:
+        "The outputs `(…, H)` of states and the inputs that led to them, without the feedthrough."
+        raise NotImplementedError
+
+    def advance(self, u, x, times: Times, **options) -> tuple:
+        "The state after a segment, or after each step if `times.keep` is \"all\", and the outputs without the feedthrough."
+        xs = self.states(u, x, times, **options)
+        return times.kept_of(xs, x, options.get("reverse", False)), self.observe(xs, u)
 
     def kept(self, x, u, times: Times) -> Any:
         "What is left of states x after a segment, whatever it adds; asked for where `at_once`, where time is cut."
         raise NotImplementedError
-
-    @abc.abstractmethod
-    def observe(self, x, u) -> jax.Array:
-        "The outputs `(…, H)` of states and the inputs that led to them, without the feedthrough."
 
     def at(self, dt) -> "System":
         "The same system for steps of one length, `dt (…, 1)` or None, with all that can be worked out once."

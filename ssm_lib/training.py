@@ -180,8 +180,9 @@ def parameter_groups(
     layers = _layers(model, example)
 
     def group(path, leaf):
-        *at, name = (str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
-        layer = layers.get(tuple(at))
+        keys = tuple(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+        inside = next((n for n in range(len(keys) - 1, -1, -1) if keys[:n] in layers), 0)  # of the layers, the innermost
+        layer, name = layers.get(keys[:inside]), "/".join(keys[inside:])
         if layer is not None and name in layer.pole_parameters:
             return "ssm"
         kept = leaf.ndim < 2 or (layer is not None and name in layer.undecayed_parameters)

@@ -11,7 +11,7 @@ import jax.experimental
 import jax.numpy as jnp
 import numpy as np
 
-from ssm_lib import DSS, LRU, S4, S4D, S5SSM
+from ssm_lib import DSS, LRU, RGLRU, S4, S4D, S5SSM, CausalConv, GriffinBlock, MambaBlock
 
 enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64  # its place until jax 0.8
 
@@ -26,8 +26,13 @@ LAYERS = {
     "s4d_bilinear": (partial(S4D, d_hidden=16, poles="lin", discretization="bilinear"), 3e-4),
     "s4": (partial(S4, d_hidden=16, l_max=1024), 3e-4),
     "s4_legt": (partial(S4, d_hidden=16, l_max=1024, measure="legt"), 3e-4),
+    "causal_conv": (CausalConv, 1e-5),
+    "rglru": (partial(RGLRU, n_heads=1), 1e-5),
+    "griffin": (partial(GriffinBlock, d_hidden=6, n_heads=2), 1e-5),
+    "mamba": (partial(MambaBlock, d_state=4), 1e-5),
 }
 WHOLE_ONLY = {"s5_both": (partial(S5SSM, d_hidden=16, blocks=2, bidirectional=True), 1e-5)}  # cannot be carried
+NO_IMPULSE = ("griffin", "mamba")  # no initial-condition form: behind frame 0 their gates are closed
 EQUAL_STEPS_ONLY = ("dss",)  # no dt per step: its kernel is normalised over l_max equal ones
 KEY = jax.random.PRNGKey(0)
 
