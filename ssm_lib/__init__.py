@@ -24,6 +24,7 @@ from ssm_lib.forecaster import Forecaster, Seasonal
 from ssm_lib.forecasts import save_forecasts
 from ssm_lib.hippo import DPLRForm, Hippo, dplr, make_DPLR_HiPPO, make_HiPPO, make_NPLR_HiPPO
 from ssm_lib.inputs import Inputs, WithInputs, fit_inputs
+from ssm_lib.linoss import LinOSS
 from ssm_lib.lru import LRU, LRUDynamics
 from ssm_lib.mamba import MambaBlock, selective_scan
 from ssm_lib.measures import nplr, transition
@@ -51,6 +52,7 @@ from ssm_lib.pipeline import (
 )
 from ssm_lib.plots import animate_rollout, plot_errors, plot_rollout
 from ssm_lib.projection import HiPPOCell, project_online, reconstruct
+from ssm_lib.published import from_published, load_weights, save_weights, to_published
 from ssm_lib.rglru import RGLRU, GriffinBlock
 from ssm_lib.rollout import RolloutDivergedError, rollout, rollout_stream, write_rollout
 from ssm_lib.run import Plan

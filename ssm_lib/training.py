@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['next_frame_loss', 'rollout_loss', 'free_runs_loss', 'parameter_groups', 'make_optimizer', 'train_step',
-           'DivergedError', 'ProcessLostError', 'fit', 'save_checkpoint', 'load_checkpoint']
+           'DivergedError', 'ProcessLostError', 'fit', 'write_whole', 'save_checkpoint', 'load_checkpoint']
 
 # %% ../nbs/41_training.ipynb #ceedc9ea
 import contextlib
@@ -452,18 +452,13 @@ def fit(
 
 # %% ../nbs/41_training.ipynb #90efce7f
 @takes(path=FilePath())
-def save_checkpoint(
+def write_whole(
     path: str | Path,  # file to write; folders are made
-    variables,  # nested dict of arrays
-    *,
-    config: dict | None = None,  # anything JSON can hold
+    data: bytes,
 ) -> None:
-    "Write variables and a config to one file, atomically."
+    "Write a file at once or not at all: whoever reads it, or a crash, meets the old one or the new one."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    variables = jax.tree.map(np.asarray, variables)
-    content = {"variables": variables, "config": json.dumps(config), "digest": digest(variables)}
-    data = serialization.msgpack_serialize(content)
     partial_file = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.partial")  # of this writer alone
     try:
         with open(partial_file, "wb") as file:
@@ -473,6 +468,19 @@ def save_checkpoint(
         os.replace(partial_file, path)
     finally:
         partial_file.unlink(missing_ok=True)
+
+
+@takes(path=FilePath())
+def save_checkpoint(
+    path: str | Path,  # file to write; folders are made
+    variables,  # nested dict of arrays
+    *,
+    config: dict | None = None,  # anything JSON can hold
+) -> None:
+    "Write variables and a config to one file, at once or not at all."
+    variables = jax.tree.map(np.asarray, variables)
+    content = {"variables": variables, "config": json.dumps(config), "digest": digest(variables)}
+    write_whole(path, serialization.msgpack_serialize(content))
 
 
 @takes(path=FilePath())

@@ -11,7 +11,7 @@ import jax.experimental
 import jax.numpy as jnp
 import numpy as np
 
-from ssm_lib import DSS, LRU, RGLRU, S4, S4D, S5SSM, CausalConv, GriffinBlock, MambaBlock
+from ssm_lib import DSS, LRU, RGLRU, S4, S4D, S5SSM, CausalConv, GriffinBlock, LinOSS, MambaBlock
 
 enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64  # its place until jax 0.8
 
@@ -30,6 +30,8 @@ LAYERS = {
     "rglru": (partial(RGLRU, n_heads=1), 1e-5),
     "griffin": (partial(GriffinBlock, d_hidden=6, n_heads=2), 1e-5),
     "mamba": (partial(MambaBlock, d_state=4), 1e-5),
+    "linoss_im": (partial(LinOSS, d_hidden=8), 1e-5),
+    "linoss_damped": (partial(LinOSS, d_hidden=8, method="imex", damped=True, max_phase=2.0), 1e-5),
 }
 WHOLE_ONLY = {"s5_both": (partial(S5SSM, d_hidden=16, blocks=2, bidirectional=True), 1e-5)}  # cannot be carried
 NO_IMPULSE = ("griffin", "mamba")  # no initial-condition form: behind frame 0 their gates are closed

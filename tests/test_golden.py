@@ -1,27 +1,37 @@
 """Outputs and gradients of the published implementations, at their parameters."""
 
 import itertools
+import json
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import unflatten_dict
 from sweep import enable_x64
 
 from ssm_lib import (
     LRU,
+    RGLRU,
     S5SSM,
+    CausalConv,
+    GriffinBlock,
+    LinOSS,
+    MambaBlock,
     Plan,
     causal_convolution,
     complex_softmax,
     discretize_dense,
     dss_kernel,
     dss_ssm,
+    from_published,
     kernel_dense,
     make_DPLR_HiPPO,
     make_NPLR_HiPPO,
     run_dense,
+    selective_scan,
 )
 from ssm_lib.convolution import kernel_poles
 from ssm_lib.discretization import zoh
@@ -144,3 +154,100 @@ def test_kernels(ours, dtype):
         wide = {name: jnp.asarray(x, jnp.result_type(x.dtype, dtype)) if x.ndim else x for name, x in golden.items()}
         for name, got in ours(wide):
             assert error(got, golden[name]) < 1e-4, name
+
+
+# --- Newer layers: float64 from float32 inputs, with carried states and resets ------------------------------------------
+
+
+class Scan:
+    "Mamba's selective scan as if it were a layer, whose parameters are its inputs."
+
+    def __init__(self, softplus):
+        self.softplus = softplus
+
+    def apply(self, v, u, x0, *, method, reset):
+        y, last = selective_scan(u, **v["params"], delta_softplus=self.softplus, x0=x0, reset=reset)
+        return last, y
+
+
+def newer(config):
+    "The layer of a golden file, and the names of its states there, in our order."
+    kind = config["layer"]
+    if kind == "RGLRU":
+        return RGLRU(config["width"], config["num_heads"]), ("",)
+    if kind == "Conv1D":
+        return CausalConv(config["width"], config["temporal_width"]), ("",)
+    if kind == "RecurrentBlock":
+        width = config["conv1d_temporal_width"]
+        return GriffinBlock(config["width"], config["lru_width"], config["num_heads"], width), ("/conv_1d", "/rg_lru")
+    if kind == "Mamba block":
+        fields = ("d_model", "d_state", "d_conv", "expand", "dt_rank", "bias", "conv_bias")
+        return MambaBlock(**{name: config[name] for name in fields}), ("/conv", "/ssm")
+    if "LinOSS" in kind:
+        method = config["discretization"].lower().removesuffix("1")
+        return LinOSS(config["d_model"], config["d_state"], method, config["damping"]), ("/z", "/x")
+    return Scan(config["delta_softplus"]), ("",)
+
+
+LAYOUT = {"/conv": lambda w: w.T[1:]}  # Mamba's window is (D, W), and its oldest column is never used
+HELD = {"dlinoss": {"A_diag": (0, 1), "G_diag": (2,)}, "linoss": {"A_diag": (0,)}}  # published slopes are cut off there
+NEWER = sorted(p for p in GOLDEN.glob("*.npz") if p.stem.split("_")[0] in "rglru conv1d griffin linoss dlinoss s6 mamba".split())
+
+
+@partial(jax.jit, static_argnums=0)
+def carried(apply, variables, u, state, reset):
+    "Outputs, the last state and the gradient of sum(y²) by parameters, input and the state before."
+
+    def loss(variables, u, state):
+        last, y = apply(variables, u, state, reset=reset)
+        return jnp.sum(y**2), (y, last)
+
+    (_, (y, last)), slopes = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(variables, u, state)
+    return y, last, *slopes
+
+
+def without(tree, held):
+    "Published gradients, and ours, without the entries in which we let through what the published code holds back."
+    return {name: np.delete(g, held[name], 0) if name in held else g for name, g in tree.items()}
+
+
+APPLY = {}  # one function for each layer, so that its programs are compiled once
+
+
+@pytest.mark.parametrize("dtype", (np.float32, np.float64), ids=("float32", "float64"))
+@pytest.mark.parametrize("path", NEWER, ids=lambda path: path.stem)
+def test_newer_layer(path, dtype):
+    "By the names and layouts of the published parameters: values and states within 1e-5, slopes 1e-4; in float64 1e-10."
+    data = load(path)
+    config = json.loads(str(data["config"]))
+    layer, states = newer(config)
+    apply = APPLY.setdefault(json.dumps(config), partial(layer.apply, method="prefill"))
+    into = (lambda tree: {"params": tree}) if isinstance(layer, Scan) else partial(from_published, layer)
+    tree = lambda prefix: unflatten_dict(group(data, prefix), sep="/")
+    carry = lambda name: [LAYOUT.get(state, np.asarray)(data[name + state]) for state in states]
+    values, slopes = {np.float32: (1e-5, 1e-4), np.float64: (1e-10, 1e-10)}[dtype]
+    if dtype == np.float64:  # torch's softplus above 20, and the cap of the root's slope in the files
+        values, slopes = {"s6_stiff": (1e-8, 1e-8), "rglru_longmemory": (1e-10, 1e-7)}.get(path.stem, (values, slopes))
+    with enable_x64(dtype == np.float64):
+        wide = lambda tree: jax.tree.map(lambda z: jnp.asarray(z, np.result_type(z.dtype, dtype)), tree)
+        single = lambda z: np.zeros(z.shape, np.complex64 if np.iscomplexobj(z) else np.float32)
+        started = "state0" + states[0] in data
+        before = wide(carry("state0") if started else [single(z) for z in carry("state")])
+        state = tuple(before) if len(states) > 1 else before[0]
+        v, u = wide(into(tree("params/"))), wide(data["u"])
+        y, last, grad_v, grad_u, grad_state = carried(apply, v, u, state, jnp.asarray(data["reset"]))
+        assert error(y, data["y"]) < values
+        for got, name, want in zip(jax.tree.leaves(last), states, carry("state")):
+            if path.stem == "conv1d_reset":  # the file's first row is from before the last start
+                assert not np.asarray(got)[0].any()
+                got, want = got[1:], want[1:]
+            assert error(got, want) < values, name
+        assert error(grad_u, data["grad_u"]) < slopes
+        held = HELD.get(path.stem.split("_")[0], {})
+        ours, theirs = (without(g["params"], held) for g in (grad_v, into(tree("grad/"))))
+        for (name, got), want in zip(jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
+            assert error(got, want) < slopes, name
+        if started:
+            for got, name, want in zip(jax.tree.leaves(grad_state), states, carry("grad_state0")):
+                got = np.stack([got.real, -got.imag], -1) if jnp.iscomplexobj(got) else got
+                assert error(got, want) < slopes, name
