@@ -44,8 +44,8 @@ class SelectiveSystem(System):
         def step(h, at):
             Delta, Delta_u, B, C, reset = at
             h = h if reset is None else jnp.where(reset[..., None, None], 0, h)
-            Delta, A, Delta_u, B, C = matched(Delta[..., None, :], held, Delta_u[..., None, :], B[..., None], C[..., None])
-            h = jnp.exp(Delta * A) * h + Delta_u * B
+            Delta, Delta_u, B, C = Delta[..., None, :], Delta_u[..., None, :], B[..., None], C[..., None]
+            h = jnp.exp(math.prod(matched(Delta, held))) * h + Delta_u * B
             return h, (h if times.keep == "all" else None, jnp.sum(h * C, -2))
 
         steps = jax.tree.map(lambda z: jnp.moveaxis(z, times.axis, 0), (Delta, Delta * u, B, C, times.reset))
@@ -67,8 +67,8 @@ def _check_selective(u, delta, A, B, C, D, z, delta_bias):
     "A ValueError unless shapes belong together."
     H, N = A.shape
     wanted = {
-        "u": (u, (*u.shape[:-1], H)), "delta": (delta, u.shape), "B": (B, (*u.shape[:-1], N)), "C": (C, (*u.shape[:-1], N)),
-        "D": (D, (H,)), "z": (z, u.shape), "delta_bias": (delta_bias, (H,)),
+        "u": (u, (*u.shape[:-1], H)), "delta": (delta, u.shape),
+        "B": (B, (*u.shape[:-1], N)), "C": (C, (*u.shape[:-1], N)), "D": (D, (H,)), "z": (z, u.shape), "delta_bias": (delta_bias, (H,)),
     }  # fmt: skip
     for name, (value, shape) in wanted.items():
         if value is not None and value.shape != shape:
@@ -169,7 +169,8 @@ class MambaBlock(SSMLayer):
         dense = lambda n, m, **said: nn.Dense(m, kernel_init=around_zero(n**-0.5), **said)
         ends = lambda n: dict(use_bias=self.bias, bias_init=around_zero(n**-0.5))
         self.in_proj, self.out_proj = dense(H, 2 * D, **ends(H)), dense(D, H, **ends(D))
-        self.conv1d = CausalConv(D, self.d_conv, self.conv_bias, bias_init=around_zero(self.d_conv**-0.5), plan=self.plan)
+        begin = around_zero(self.d_conv**-0.5)
+        self.conv1d = CausalConv(D, self.d_conv, self.conv_bias, bias_init=begin, plan=self.plan)
         self.x_proj = dense(D, R + 2 * N, use_bias=False)
         self.dt_proj = dense(R, D, bias_init=step_bias_init())
         ladder = lambda key: jnp.broadcast_to(jnp.log(jnp.arange(1, N + 1, dtype=jnp.float32)), (D, N))

@@ -73,7 +73,8 @@ def _checked_names(what, got, wanted):
     lacking, more = sorted(wanted - got), sorted(got - wanted)
     if lacking or more:
         told = [f"lacks {', '.join(lacking)}"] * bool(lacking) + [f"has {', '.join(more)} besides"] * bool(more)
-        raise ValueError(f"{what} {' and '.join(told)}; expected {', '.join(sorted(wanted))}. Make the layer as it was.")
+        names = ", ".join(sorted(wanted))
+        raise ValueError(f"{what} {' and '.join(told)}; expected {names}. Make the layer as it was.")
 
 
 @takes(layer=Made(SSMLayer, "MambaBlock(d_model=64)"))
@@ -91,7 +92,8 @@ def from_published(
         value = given[where.name]
         want = np.shape(where.there(np.empty(shapes[name], bool)))
         if value.shape != want or value.dtype.kind not in "f" and "float" not in value.dtype.name:
-            raise ValueError(f"params has {where.name} as {shown(value)}; expected {want} of floats. Make the layer so.")
+            got = f"{where.name} as {shown(value)}"
+            raise ValueError(f"params has {got}; expected {want} of floats. Make the layer so.")
         found[name] = jnp.asarray(where.here(value))
     return {"params": unflatten_dict(found, sep="/")}
 
@@ -105,7 +107,8 @@ def to_published(
     shapes, published = _parameters(layer)
     own = _flat("variables", variables)
     _checked_names("variables", own.keys(), shapes.keys())
-    return unflatten_dict({where.name: np.asarray(where.there(own[name])) for name, where in published.items()}, sep="/")
+    found = {where.name: np.asarray(where.there(own[name])) for name, where in published.items()}
+    return unflatten_dict(found, sep="/")
 
 # %% ../nbs/42_published.ipynb #4270000c
 def _safetensors():
@@ -129,13 +132,14 @@ def save_weights(
 def load_weights(
     path: str | Path,  # a file of safetensors
 ) -> dict:  # nested dict of arrays
-    "Variables that `save_weights` wrote, or whatever a file of safetensors holds: names nest where they have a / or, without one, a dot."
+    "What `save_weights` wrote, or any file of safetensors: names nest at each /, or where there is none at each dot."
     library = _safetensors()
     try:
         flat = library.load(Path(path).read_bytes())
     except Exception as error:  # its own classes, by version
         if isinstance(error, OSError):
             raise
-        raise ValueError(f"path is {str(path)!r}, which is no file of safetensors: {error}. Check where it is from.") from None
+        told = str(error).splitlines()[0]
+        raise ValueError(f"path is {str(path)!r}; expected a file of safetensors ({told}). Look where it is from.") from None
     mark = "/" if any("/" in name for name in flat) else "."
     return unflatten_dict(flat, sep=mark)

@@ -216,7 +216,7 @@ class System(abc.ABC):
         raise NotImplementedError
 
     def advance(self, u, x, times: Times, **options) -> tuple:
-        "The state after a segment, or after each step if `times.keep` is \"all\", and the outputs without the feedthrough."
+        "Of a segment the states that `times.keep` wants, after it or after each step, and outputs without feedthrough."
         xs = self.states(u, x, times, **options)
         return times.kept_of(xs, x, options.get("reverse", False)), self.observe(xs, u)
 

@@ -181,7 +181,7 @@ def parameter_groups(
 
     def group(path, leaf):
         keys = tuple(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
-        inside = next((n for n in range(len(keys) - 1, -1, -1) if keys[:n] in layers), 0)  # of the layers, the innermost
+        inside = next((n for n in range(len(keys) - 1, -1, -1) if keys[:n] in layers), 0)  # the innermost layer
         layer, name = layers.get(keys[:inside]), "/".join(keys[inside:])
         if layer is not None and name in layer.pole_parameters:
             return "ssm"

@@ -43,6 +43,9 @@ np.save(FOLDER / "x.npy", frames)
 save_checkpoint(FOLDER / "x.msgpack", variables)
 fit(lambda v, b, k: jnp.sum(v["params"]["w"] ** 2), {"params": {"w": jnp.ones(2)}}, [0], optax.sgd(0.1), 1, run=Run(FOLDER / "c"))
 
+LRU_WEIGHTS = jax.jit(ssm_lib.LRU(4, 3).init)(KEY, r(2, 3))
+ssm_lib.save_weights(FOLDER / "given.safetensors", LRU_WEIGHTS)
+
 FIELDS = open_fields(frames)
 DATA = ssm_lib.DataConfig(str(FOLDER / "x.npy"), train=0.5)
 TRAINING = ssm_lib.TrainingConfig(updates=1, batch_size=1, rollout=1, history=1, validation=0.0)
@@ -54,6 +57,20 @@ VALID = {
         ssm=layer, d_model=H, dropout=0.1, norm="layer", activation="gelu", training=False, prenorm=True, dtype=jnp.bfloat16,
         space=space.Conv().at((4,), H), rezero=True,
     ),
+    "causal_conv.CausalConv": dict(d_model=H, width=3, bias=True, n_steps=4, kernel_init=jax.nn.initializers.zeros, bias_init=None),
+    "rglru.RGLRU": dict(d_model=4, n_heads=2, n_steps=4),
+    "rglru.GriffinBlock": dict(d_model=H, d_hidden=4, n_heads=2, width=3),
+    "rglru.input_scale": dict(log_a=-r(3)),
+    "mamba.MambaBlock": dict(d_model=H, d_state=4, d_conv=3, expand=2, dt_rank=1, bias=True, conv_bias=False),
+    "mamba.selective_scan": dict(
+        u=r(L, H), delta=r(L, H), A=-r(H, N), B=r(L, N), C=r(L, N), D=r(H), z=r(L, H), delta_bias=r(H), delta_softplus=True,
+        x0=r(H, N), mask=np.ones(L, bool), reset=np.zeros(L, bool),
+    ),
+    "linoss.LinOSS": dict(d_model=H, d_hidden=4, method="im", damped=True, n_steps=4, r_min=0.5, r_max=0.9, max_phase=1.0),
+    "published.from_published": dict(layer=ssm_lib.LRU(4, 3), params=LRU_WEIGHTS),
+    "published.to_published": dict(layer=ssm_lib.LRU(4, 3), variables=LRU_WEIGHTS),
+    "published.save_weights": dict(path=FOLDER / "w.safetensors", variables=LRU_WEIGHTS),
+    "published.load_weights": dict(path=FOLDER / "given.safetensors"),
     "checks.check_even": dict(size=2),
     "contract.inference": dict(module=model),
     "convolution.causal_convolution": dict(u=r(L), K=r(L), axis=0),
@@ -270,12 +287,15 @@ for name in ("StackedSSM3D", "BatchStackedSSM3DModel"):
 
 NO_DOOR = {  # public names that take nothing which could be wrong without a word, and why
     "made by the library, for the library": (
-        "blocks.Gate", "contract.Recurrent", "contract.SSMLayer", "run.run", "run.segment_steps", "run.whole",
+        "blocks.Gate", "causal_conv.WindowSystem", "contract.Recurrent", "contract.SSMLayer", "contract.carries_of",
+        "run.run", "run.segment_steps", "run.whole",
         "s4.DPLRSystem", "space.along", "system.product", "mesh.handed_on", "mesh.is_end", "mesh.mesh_to_follow",
         "mesh.batch_sharding", "mesh.choices", "mesh.everywhere", "mesh.first_alone", "mesh.on_parts",
         "mesh.from_end", "mesh.messages", "mesh.on_host", "mesh.own_part", "mesh.parts_by", "mesh.placed",
         "scan.binary_operator", "scan.state_before", "scan.steps_before", "scan.varying_as", "scan.without_axis",
         "system.Diagonal", "system.DiagonalBank",
+        "linoss.OscillatorSystem", "linoss.block_scan", "linoss.divided_powers", "linoss.stable_range", "linoss.stiffness",
+        "mamba.SelectiveSystem", "rglru.GatedSystem", "rglru.capped_root", "training.write_whole",
         "system.DiagonalSystem", "system.System", "system.Times", "system.times_of", "training.train_step",
         "hippo.DPLRForm", "metrics.LinearForecast", "data.Normalizer", "space.Band",
         "discretization.common_dtype", "discretization.matched",
@@ -290,9 +310,10 @@ NO_DOOR = {  # public names that take nothing which could be wrong without a wor
         "checks.Made", "checks.Maybe", "checks.Names", "checks.Number", "checks.Size", "checks.Text",
         "checks.check_choice", "checks.check_divides", "checks.check_fields", "checks.per_axis",
         "checks.check_length", "checks.check_steps", "checks.concrete", "checks.known", "checks.needs", "checks.shown", "checks.takes",
-        "inputs.check_season", "rollout.check_model",
+        "inputs.check_season", "lru.check_ring", "rollout.check_model",
     ),
     "initialisers, called by Flax": (
+        "causal_conv.around_zero", "linoss.angle_init", "linoss.friction_init", "mamba.step_bias_init", "rglru.a_param_init",
         "lru.gamma_log_init", "lru.matrix_init", "lru.nu_init", "lru.theta_init", "s5.init_CV", "s5.init_VinvB",
         "s5.init_log_steps", "s5.trunc_standard_normal",
     ),
@@ -351,6 +372,7 @@ OTHERS = {  # what is wrong for arguments that are of no kind
     "mean": [None, (1.0, 2.0), (NAN,), "m"], "std": [None, (0.0,), (-1.0,), (NAN,), (1.0, 2.0)], "increment_std": [None, (0.0,), (NAN,)],
     "features": [None, 0, "4"], "gate": [None, "no such"], "method": [None, "no such"], "dt": [0.0, -1.0, NAN, "1"],
     "model": [None, "LRU", layer, S5SSM], "out": [None, 3, np.zeros(3), np.zeros((2, 3, 5, 1))],
+    "mask": [1.0, r(L), "no", np.ones(3, bool)], "reset": [1.0, r(L), "no", np.ones(3, bool)],
     "inputs": [3, "day", ("day",)], "axes": [None, 0, "1", 2.5, -1],
     "calendar": [None, 3, "day"], "coordinates": [None, 3, "x"],
     "season": [3, "day", ("day",), (("day", 0),), (("week", 7),)],
