@@ -6,7 +6,6 @@
 __all__ = ['WindowSystem', 'around_zero', 'CausalConv']
 
 # %% ../nbs/24_causal_conv.ipynb #24000003
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,8 +15,7 @@ import jax.numpy as jnp
 
 from .checks import Flag, Function, Maybe, Size
 from .contract import SSMLayer
-from .discretization import matched
-from .system import System
+from .system import System, feed_through
 
 # %% ../nbs/24_causal_conv.ipynb #24000007
 def _past(window, u, times):
@@ -51,6 +49,8 @@ class WindowSystem(System):
     w: jax.Array
     b: jax.Array | None = None
 
+    holds = "nothing"
+
     def zero_state(self, lead):
         return jnp.zeros((*lead, len(self.w) - 1, self.w.shape[1]), self.w.dtype)
 
@@ -65,8 +65,8 @@ class WindowSystem(System):
             same = lambda number: (cut(number, first, n) == cut(starts, step + 1, n))[..., None]
             return [jnp.where(same(number), cut(tap, first, n), 0) for tap, number in taps]
 
-        y = sum(math.prod(matched(w, z)) for w, z in zip(self.w, [*seen(0, L, 0), u]))
-        y = y if self.b is None else sum(matched(self.b, y))
+        y = sum(feed_through(w, z) for w, z in zip(self.w, [*seen(0, L, 0), u]))
+        y = y if self.b is None else y + feed_through(self.b, jnp.ones_like(y))
         windows = seen(1, L, 0) if times.keep == "all" else seen(L, 1, L - 1)
         windows = jnp.stack(windows, -2)
         return (windows if times.keep == "all" else jnp.squeeze(windows, times.axis)), y

@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 
 from .causal_conv import around_zero
-from .checks import Choice, Flag, Maybe, Size
+from .checks import Choice, Flag, Maybe, Size, known
 from .contract import SSMLayer
 from .discretization import matched
 from .lru import check_ring
-from .system import System, product, read_out, to_complex
+from .scan import impulse, steps_before
+from .system import System, feed_through, product, read_out, to_complex
 
 # %% ../nbs/27_linoss.ipynb #27000008
 METHODS = ("im", "imex")
@@ -131,9 +132,30 @@ def _composed(first, second):
     return product, (A * z + B * x + Z, C * z + D * x + X)
 
 
-def _moved(M, state, v):
+def _times(m, z):
+    "m z, where a number of each oscillator that is the same at all steps is spread by a product: so is its derivative."
+    return feed_through(m.reshape(-1), z) if m.size == m.shape[-1] else m * z
+
+
+def _moved(M, state, times=jnp.multiply):
     (a, b, c, d), (z, x) = M, state
-    return a * z + b * x + v[0], c * z + d * x + v[1]
+    return times(a, z) + times(b, x), times(c, z) + times(d, x)
+
+
+def _run(M, v, axis, reverse, backend):
+    "All states from zero."
+    front = lambda tree: jax.tree.map(lambda z: jnp.moveaxis(z, axis, 0), tree)
+    alike, (M, v) = M[0].shape[axis] == 1, front((M, v))
+    add = lambda p, q: jax.tree.map(jnp.add, p, q)
+    if backend == "associative" or (backend == "auto" and jax.default_backend() != "cpu"):
+        M = jax.tree.map(lambda m: jnp.broadcast_to(m, (len(v[0]), *m.shape[1:])), M)
+        out = jax.lax.associative_scan(_composed, (M, v), reverse=reverse)[1]
+    else:
+        same = jax.tree.map(lambda m: m[0], M)
+        move = lambda state, at: (lambda new: (new, new))(add(_moved(same if alike else at[0], state), at[1]))
+        zero = jax.tree.map(lambda z: jnp.zeros_like(z[0]), v)
+        out = jax.lax.scan(move, zero, (None if alike else M, v), reverse=reverse)[1]
+    return jax.tree.map(lambda z: jnp.moveaxis(z, 0, axis), out)
 
 
 def block_scan(
@@ -144,20 +166,26 @@ def block_scan(
     reverse: bool = False,
     backend: str = "auto",
 ) -> tuple:  # z and x after each step
-    "All states of (z, x)' = M (z, x) + v: step by step on a CPU, else as a tree."
-    steps, alike = jax.tree.map(lambda z: jnp.moveaxis(z, axis, 0), (M, v)), M[0].shape[axis] == 1
-    M, v = steps
-    if backend == "associative" or (backend == "auto" and jax.default_backend() != "cpu"):
-        end = -1 if reverse else 0
-        first = _moved(jax.tree.map(lambda m: m[end], M), state, jax.tree.map(lambda z: z[end], v))
-        v = jax.tree.map(lambda z, one: z.at[end].set(one), v, first)
-        M = jax.tree.map(lambda m: jnp.broadcast_to(m, (*v[0].shape[:1], *m.shape[1:])), M)
-        out = jax.lax.associative_scan(lambda p, q: _composed(p, q), (M, v), reverse=reverse)[1]
-    else:
-        same = jax.tree.map(lambda m: m[0], M)
-        move = lambda state, at: (lambda new: (new, new))(_moved(same if alike else at[0], state, at[1]))
-        out = jax.lax.scan(move, state, (None if alike else M, v), reverse=reverse)[1]
-    return jax.tree.map(lambda z: jnp.moveaxis(z, 0, axis), out)
+    """All states of (z, x) ← M (z, x) + v: step by step on a CPU, else as a tree.
+
+    As in `linear_scan`, the derivative is one more scan, from the other end.
+    """
+    L, end = v[0].shape[axis], lambda z, last: jax.lax.index_in_dim(z, -1 if last else 0, axis)
+    if known(L) and L == 0:
+        return v
+    start = _moved(jax.tree.map(lambda m: end(m, reverse), M), jax.tree.map(lambda z: jnp.expand_dims(z, axis), state))
+    v = jax.tree.map(lambda z, first: z + impulse(first, L, axis, reverse), v, start)
+    if known(L) and L == 1:
+        return v
+    before = lambda tree, reverse: jax.tree.map(lambda z: steps_before(z, axis, reverse), tree)
+    equations = lambda x: jax.tree.map(jnp.subtract, x, _moved(M, before(x, reverse), _times))
+
+    def transposed(_, g):
+        later = M if M[0].shape[axis] == 1 else before(M, not reverse)
+        a, b, c, d = later
+        return _run((a, c, b, d), g, axis, not reverse, backend)
+
+    return jax.lax.custom_linear_solve(equations, v, lambda _, v: _run(M, v, axis, reverse, backend), transposed)
 
 # %% ../nbs/27_linoss.ipynb #270000e1
 @dataclass(frozen=True)
@@ -202,7 +230,7 @@ class OscillatorSystem(System):
             M = [jnp.where(times.reset[..., None], 0, m) for m in M]
         f = product(u, jnp.concatenate([self.B.real, self.B.imag]).T)
         planes = tuple(jnp.concatenate([z.real, z.imag], -1) for z in x)
-        after = block_scan(tuple(M), (F1 * f, F2 * f), planes, times.axis, reverse, backend)
+        after = block_scan(tuple(M), (_times(F1, f), _times(F2, f)), planes, times.axis, reverse, backend)
         return tuple(jax.lax.complex(*jnp.split(z, 2, -1)) for z in after)
 
     def observe(self, x, u):

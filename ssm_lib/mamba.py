@@ -18,7 +18,7 @@ from .checks import Array, Flag, Maybe, Size, takes
 from .contract import SSMLayer, carries_of
 from .discretization import common_dtype, matched, scaled
 from .run import run
-from .system import System, times_of
+from .system import System, feed_through, times_of
 
 # %% ../nbs/26_mamba.ipynb #26000008
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class SelectiveSystem(System):
     A: jax.Array
 
     at_once = True
-    stepwise = True
+    holds = "steps"
 
     def zero_state(self, lead):
         return jnp.zeros((*lead, *self.A.shape), self.A.dtype)
@@ -105,7 +105,7 @@ def selective_scan(
     times = times_of(u.shape[:-1], u.ndim - 2, mask=mask, reset=reset)
     Delta = delta if delta_bias is None else sum(matched(delta, delta_bias))
     state, y = run(SelectiveSystem(A), (u, nn.softplus(Delta) if delta_softplus else Delta, B, C), x0, times)
-    y = y if D is None else y + math.prod(matched(D, times.see(u)))
+    y = y if D is None else y + feed_through(D, times.see(u))
     return y if z is None else y * nn.silu(z), state
 
 # %% ../nbs/26_mamba.ipynb #2600000e
@@ -186,5 +186,5 @@ class MambaBlock(SSMLayer):
         Delta, B, C = jnp.split(self.x_proj(x), (made - 2 * N, made - N), -1)
         inputs = x, nn.softplus(self.dt_proj(Delta)), B, C
         state, y = run(SelectiveSystem(-jnp.exp(self.A_log)), inputs, state, times, self.plan)
-        y = self.out_proj((y + math.prod(matched(self.D, x))) * nn.silu(z))
+        y = self.out_proj((y + feed_through(self.D, x)) * nn.silu(z))
         return (window, state), y.astype(u.dtype)

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from .causal_conv import CausalConv
 from .checks import Array, Maybe, Size, check_divides, takes
 from .contract import SSMLayer, carries_of
-from .discretization import common_dtype, matched, scaled
+from .discretization import common_dtype, scaled
 from .scan import linear_scan
-from .system import System
+from .system import System, feed_through
 
 # %% ../nbs/25_rglru.ipynb #25000008
 CAP = 1000.0  # of the root's slope
@@ -46,11 +46,13 @@ def input_scale(
     return capped_root(-jnp.expm1(2 * log_a))
 
 # %% ../nbs/25_rglru.ipynb #2500000b
-def _block_product(w, x):
-    "x (…, H) through a block-diagonal map w (heads, H/heads, H'/heads): (…, H')."
-    heads, width, out = w.shape
-    y = jnp.einsum("...hi,hij->...hj", x.reshape(*x.shape[:-1], heads, width), w.astype(x.dtype))
-    return y.reshape(*x.shape[:-1], heads * out)
+def _gates(maps, x):
+    "σ(x w + b) of x (…, H) for each of some block-diagonal maps, w (heads, H/heads, H/heads): all in one product."
+    w, b = (jnp.concatenate([p[name] for p in maps], -1).astype(x.dtype) for name in "wb")
+    heads, width, _ = w.shape
+    apart = jnp.swapaxes(x.reshape(math.prod(x.shape[:-1]), heads, width), 0, 1)  # heads first: a compiler does it last
+    y = nn.sigmoid(jax.lax.batch_matmul(apart, w) + b[:, None])
+    return [jnp.swapaxes(part, 0, 1).reshape(x.shape) for part in jnp.split(y, len(maps), -1)]
 
 
 @dataclass(frozen=True)
@@ -68,13 +70,13 @@ class GatedSystem(System):
 
     def drive(self, u, times):
         "What each step keeps and what it adds, (…, L, …, H) both, with gaps and new starts in them."
-        gate = lambda p: nn.sigmoid(sum(matched(_block_product(p["w"], u), p["b"].reshape(-1))))
-        rate = math.prod(matched(gate(self.a_gate), nn.softplus(self.a_param)))
+        opened, let_in = _gates((self.a_gate, self.input_gate), u)
+        rate = feed_through(nn.softplus(self.a_param), opened)
         log_a = -8 * scaled(rate, None if times.dt is None else times.dt[..., None])
         scale = input_scale(log_a)
         if times.reset is not None:
             scale = jnp.where(times.reset[..., None], 1, scale)
-        return times.fold(jnp.exp(log_a), scale * gate(self.input_gate) * u)
+        return times.fold(jnp.exp(log_a), scale * let_in * u)
 
     def states(self, u, x, times, **options):
         return linear_scan(*self.drive(u, times), x, axis=times.axis, **options)

@@ -85,9 +85,12 @@ def _segment(system, u, x, times, plan, reverse, **options):
 def _steps(system, u, x, times, plan):
     "Steps of a stretch, and of its segments."
     L, width = jax.tree.leaves(u)[0].shape[times.axis], sum(z.size for z in jax.tree.leaves(x))
-    if plan.segment is None and system.stepwise and known(L):
-        return L, max(math.isqrt(L), 1)  # as many states between segments as inside one, where a gradient is wanted
-    return L, plan.segment or segment_steps(L, width or 1)
+    if plan.segment or not known(L):
+        return L, plan.segment or L
+    if system.holds == "states":
+        return L, segment_steps(L, width or 1)
+    # As many states between segments as inside one, where a gradient is wanted; or none at all.
+    return L, max(math.isqrt(L) if system.holds == "steps" else L, 1)
 
 
 def _segments(system, u, x, times, plan, reverse, segment=_segment):
@@ -103,7 +106,7 @@ def _segments(system, u, x, times, plan, reverse, segment=_segment):
 # %% ../nbs/04_run.ipynb #04d00002
 def _fits(system, u, x, times, plan):
     "Whether all states of a device's stretch may exist at once: one segment, or states that are few beside the inputs."
-    if system.stepwise:
+    if system.holds != "states":
         return False
     L, steps = _steps(system, u, x, times, plan)
     numbers = lambda tree: sum(z.size * (2 if jnp.iscomplexobj(z) else 1) for z in jax.tree.leaves(tree))

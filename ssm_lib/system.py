@@ -197,7 +197,7 @@ class System(abc.ABC):
     l_max = None  # longest sequence that may be run whole; None is any
     backward = None  # a second System, run from the end and added; one that has it cannot be carried
     at_once = False  # whether it has `kept`: the parts of a time axis that is cut are run side by side
-    stepwise = False  # whether `advance` goes step by step and needs no states at once but in its gradient
+    holds = "states"  # at once, of a segment; "steps": states in its gradient alone; "nothing": no state but the last
 
     @abc.abstractmethod
     def zero_state(self, lead: tuple) -> Any:
