@@ -57,6 +57,7 @@ bench: install $(VENV)/.installed-bench  ## measure speed and memory; tables in 
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/space_cost.py
 	$(BIN)/python benchmarks/mesh.py
+	$(BIN)/python benchmarks/newer.py
 
 scores: install $(VENV)/.installed-bench  ## what is missing of the scores on public protocols; hours, can be stopped at any time
 	$(BIN)/python benchmarks/apebench.py
