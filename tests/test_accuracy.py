@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from sweep import KEY, enable_x64, noise
 
-from ssm_lib import DSS, LRU, S4, S4D, S5SSM, LRUDynamics, Plan, linear_scan
+from ssm_lib import DSS, LRU, RGLRU, S4, S4D, S5SSM, LinOSS, LRUDynamics, MambaBlock, Plan, linear_scan
 from ssm_lib.discretization import DISCRETIZATIONS, clip_poles
 from ssm_lib.scan import SCAN_BACKENDS
 
@@ -24,6 +24,28 @@ def test_a_million_steps(backend):
     got = np.asarray(linear_scan(poles, Bu, backend=backend))
     with enable_x64(True):
         exact = np.asarray(linear_scan(poles.astype(jnp.complex128), Bu.astype(jnp.complex128), backend="sequential"))
+    assert np.isfinite(got).all()
+    assert np.all(np.abs(got - exact).max(0) < 2e-3 * np.abs(exact).max(0))
+
+
+LONG = {"rglru": RGLRU(2, 1), "linoss": LinOSS(2, 4, "imex", damped=True, max_phase=1.0), "mamba": MambaBlock(2, 2)}
+SLOW = {"rglru": {"a_param": jnp.full(2, -15.0)}, "linoss": {"G_diag": jnp.full(4, 1e-5)}, "mamba": {}}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_a_million_steps_of_a_layer(name):
+    """Memories of 100,000 steps and more, but Mamba's: within 2e-3 of the largest value.
+
+    An oscillator without any friction remembers the rounding of its own angle, 6e-8 a step, and would be off by more.
+    """
+    layer = LONG[name]
+    u = noise(1_000_000, 2)
+    v = jax.jit(layer.init)(KEY, u[:2])
+    v = {"params": v["params"] | SLOW[name]}
+    run = jax.jit(layer.apply)
+    got = np.asarray(run(v, u))
+    with enable_x64(True):
+        exact = np.asarray(run(*jax.tree.map(lambda p: jnp.asarray(p, jnp.float64), (v, u))))
     assert np.isfinite(got).all()
     assert np.all(np.abs(got - exact).max(0) < 2e-3 * np.abs(exact).max(0))
 
@@ -150,6 +172,31 @@ def test_s4_dies_out_over_ten_thousand_noisy_updates():
 
     ratios = walk(params, growth)
     assert np.isfinite(ratios).all() and ratios.max() <= 1 + 1e-5
+
+
+RULES = [(method, damped) for method in ("im", "imex") for damped in (False, True)]
+
+
+@pytest.mark.parametrize("method, damped", RULES)
+def test_oscillators_stay_stable_over_ten_thousand_noisy_updates(method, damped):
+    "By Jury's criterion: the roots of t² − τ t + δ lie in the closed disc where δ ≤ 1 and |τ| ≤ 1 + δ."
+    layer = LinOSS(2, 8, method, damped)
+
+    def worst(p):
+        a, b, c, d, *_ = layer.apply(p, method="system").coefficients(None)
+        determinant = a * d - b * c
+        return jnp.maximum(determinant, jnp.abs(a + d) - determinant).max()
+
+    sizes = walk(jax.jit(layer.init)(KEY, noise(3, 2)), worst)
+    assert np.isfinite(sizes).all() and sizes.max() <= INSIDE + 1e-6  # determinants are differences of rounded products
+
+
+def test_gated_states_die_out_over_ten_thousand_noisy_updates():
+    "Without input no state of RG-LRU's or Mamba's grows in a step, whatever the parameters are."
+    for layer, x in ((RGLRU(2, 1), jnp.ones(2)), (MambaBlock(2, 2, conv_bias=False), (jnp.zeros((3, 4)), jnp.ones((4, 2))))):
+        largest = lambda p, layer=layer, x=x: jnp.abs(jax.tree.leaves(layer.apply(p, x, jnp.zeros(2), method="step")[0])[-1]).max()
+        ratios = walk(jax.jit(layer.init)(KEY, noise(3, 2)), largest)
+        assert np.isfinite(ratios).all() and ratios.max() <= INSIDE
 
 
 def test_a_clipped_pole_can_come_back():

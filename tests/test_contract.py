@@ -168,7 +168,7 @@ def test_a_constant_dt_is_step_rescale(name):
     close(each, want, LAYERS[name][1])
 
 
-@pytest.mark.parametrize("name", ("s5_zoh", "s5_no_conj", "lru", "dss_exp", "s4d_zoh"))
+@pytest.mark.parametrize("name", ("s5_zoh", "s5_no_conj", "lru", "dss_exp", "s4d_zoh", "linoss_im"))
 def test_a_step_is_two_halves(name):
     "Zero-order hold is exact: an interval cut in two, under the same input, ends in the same state."
     layer, u = LAYERS[name][0](d_model=5), noise(40, 5)

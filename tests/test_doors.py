@@ -425,7 +425,7 @@ def test_wrong_arguments_are_told(name):
             told(partial(thing, **valid | {argument: value}), argument, value)
 
 
-@pytest.mark.parametrize("name", ("dss", "lru", "s4", "s4d_zoh", "s5_zoh"))
+@pytest.mark.parametrize("name", ("dss", "linoss_im", "lru", "mamba", "s4", "s4d_zoh", "s5_zoh"))
 def test_wrong_calls_of_layers_are_told(name):
     wrong_calls(LAYERS[name][0](d_model=H), noise(2, L, H))
 
