@@ -25,7 +25,7 @@ from .system import System, feed_through, product, read_out, to_complex
 
 # %% ../nbs/27_linoss.ipynb #27000008
 METHODS = ("im", "imex")
-LONGEST = 0.99  # of Δ²A = 4, without friction
+LONGEST = 0.99  # of A_high, without friction
 
 
 def stable_range(
@@ -33,7 +33,7 @@ def stable_range(
     Delta: jax.Array,  # (P,) steps
     method: str = "imex",  # or "im"
 ) -> tuple[jax.Array, jax.Array]:  # A_low, A_high
-    "The stiffnesses at which a step oscillates (Boyer et al. 2025, D-LinOSS, proposition 3.1, for imex)."
+    "The stiffnesses at which a step oscillates (for imex: Boyer et al. 2025, D-LinOSS)."
     if method == "im":
         return G**2 / 4, jnp.full_like(G, jnp.inf)
     root = jnp.sqrt(1 + Delta * G)
@@ -58,7 +58,8 @@ def stiffness(
 ) -> jax.Array:  # (P,) A
     "A_diag where a step is stable."
     low, high = stable_range(jnp.zeros_like(Delta) if G is None else G, Delta, method)
-    return _held(A_diag, low, high if G is not None or method == "im" else LONGEST * high)
+    most = LONGEST if G is None else jnp.minimum(LONGEST + Delta * G, 1)  # less, where next to no friction helps
+    return _held(A_diag, low, high if method == "im" else most * high)
 
 # %% ../nbs/27_linoss.ipynb #2700000a
 def _sinc_of_square(w):
@@ -97,13 +98,15 @@ def _angle(A, G, Delta, method):
 def _near_one(s, e1, e2):
     "a and q as sums of powers of λ − 1, whose sum over both roots is e1 and whose product e2."
     n_terms = 30 if jnp.finfo(s.dtype).bits == 64 else 13
-    binomial, before, h, a, q = s, jnp.zeros_like(e1), jnp.ones_like(e1), s * jnp.ones_like(e1), jnp.zeros_like(s * e1)
+    unit = jnp.maximum(s, 1)  # sums of powers of s (λ − 1), so that no coefficient is too large for a number
+    e1, e2, binomial, h = unit * e1, unit**2 * e2, s / unit * jnp.ones_like(e1), jnp.ones_like(s * e1)
+    before, a, q = jnp.zeros_like(h), binomial * h, jnp.zeros_like(h)
     for k in range(2, n_terms):
-        binomial = binomial * (s - k + 1) / k
+        binomial = binomial * (s - k + 1) / (k * unit)
         q = q + binomial * h
         before, h = h, e1 * h - e2 * before
         a = a + binomial * h
-    return a, q
+    return unit * a, unit**2 * q
 
 
 def divided_powers(
@@ -243,7 +246,7 @@ def friction_init(
     r_min: float = 0.9,  # inner radius of the ring
     r_max: float = 1.0,  # outer radius
 ) -> jax.Array:  # (P,) G
-    "Friction under which a step of imex has roots of modulus ρ, ρ² uniform (Boyer et al. 2025, section 3.3)."
+    "Friction under which a step of imex has roots of modulus ρ, ρ² uniform (Boyer et al. 2025)."
     square = r_min**2 + (r_max**2 - r_min**2) * jax.random.uniform(key, Delta.shape, Delta.dtype)
     return (1 - square) / (Delta * square)
 
@@ -270,11 +273,12 @@ class LinOSS(SSMLayer):
     method : "im" (implicit, forgets by itself) or "imex" (keeps energy, if not damped)
     damped : whether oscillators have a friction that is learned
     n_steps : if given, read frame 0 only and return so many frames
-    r_min, r_max : ring that the roots of damped steps start in
+    r_min, r_max : ring that the roots of damped steps of imex start in
     max_phase : their largest angle at the start, radians per step
 
-    A is held where a step is stable, with its gradient. `dt` is exact: powers of a step. Roots near −1, half a turn a
-    step, hardly have a power that is not whole: at 175° single precision has five digits of it.
+    A is held where a step oscillates, with its gradient; at zero it is a free particle. `dt` is exact: powers of a
+    step. Roots near −1, half a turn a step, hardly have a power that is not whole: at 175° single precision has five
+    digits of it.
 
     Variables: A_diag, steps (P,), B (P, H, 2), C (H, P, 2), D (H,); G_diag (P,) if damped.
     """
@@ -300,13 +304,16 @@ class LinOSS(SSMLayer):
     def setup(self):
         P, H = self.d_hidden, self.d_model
         uniform, normal = nn.initializers.uniform(1.0), nn.initializers.normal(0.5)
-        self.steps = self.param("steps", normal if self.damped else uniform, (P,), jnp.float32)
-        if self.damped:
+        ring = self.damped and self.method == "imex"
+        self.steps = self.param("steps", normal if ring else uniform, (P,), jnp.float32)
+        if ring:
             self.G_diag = self.param("G_diag", friction_init, nn.sigmoid(self.steps), self.r_min, self.r_max)
             start = nn.sigmoid(self.steps), nn.relu(self.G_diag), self.max_phase
             self.A_diag = self.param("A_diag", angle_init, *start)
         else:
             self.A_diag = self.param("A_diag", uniform, (P,), jnp.float32)
+            little = nn.initializers.uniform(0.1)
+            self.G_diag = self.param("G_diag", little, (P,), jnp.float32) if self.damped else None
         self.B = self.param("B", around_zero(H**-0.5), (P, H, 2), jnp.float32)
         self.C = self.param("C", around_zero(P**-0.5), (H, P, 2), jnp.float32)
         self.D = self.param("D", nn.initializers.normal(1.0), (H,), jnp.float32)

@@ -68,8 +68,7 @@ def _check_selective(u, delta, A, B, C, D, z, delta_bias):
     H, N = A.shape
     wanted = {
         "u": (u, (*u.shape[:-1], H)), "delta": (delta, u.shape),
-        "B": (B, (*u.shape[:-1], N)), "C": (C, (*u.shape[:-1], N)), "D": (D, (H,)),
-        "z": (z, u.shape), "delta_bias": (delta_bias, (H,)),
+        "B": (B, (*u.shape[:-1], N)), "C": (C, (*u.shape[:-1], N)), "D": (D, (H,)), "z": (z, u.shape), "delta_bias": (delta_bias, (H,)),
     }  # fmt: skip
     for name, (value, shape) in wanted.items():
         if value is not None and value.shape != shape:
@@ -104,9 +103,10 @@ def selective_scan(
     u, delta, A, B, C = map(jnp.asarray, (u, delta, A, B, C))
     _check_selective(u, delta, A, B, C, D, z, delta_bias)
     times = times_of(u.shape[:-1], u.ndim - 2, mask=mask, reset=reset)
+    u, delta, z = times.see(u), times.see(delta), None if z is None else times.see(z)  # a gap may hold anything
     Delta = delta if delta_bias is None else sum(matched(delta, delta_bias))
     state, y = run(SelectiveSystem(A), (u, nn.softplus(Delta) if delta_softplus else Delta, B, C), x0, times)
-    y = y if D is None else y + feed_through(D, times.see(u))
+    y = y if D is None else y + feed_through(D, u)
     return y if z is None else y * nn.silu(z), state
 
 # %% ../nbs/26_mamba.ipynb #2600000e
@@ -161,8 +161,8 @@ class MambaBlock(SSMLayer):
         super().__post_init__()
         if self.n_steps is not None:
             raise ValueError(
-                f"n_steps is {self.n_steps}; expected None: behind frame 0 the block's gate is closed, "
-                "and it answers with nothing. Use RGLRU, or a block without n_steps."
+                f"n_steps is {self.n_steps}; expected None: behind frame 0 the block's gate is closed "
+                "(but for a bias), and it answers with nothing. Use RGLRU, or a block without n_steps."
             )
 
     def setup(self):
@@ -183,7 +183,7 @@ class MambaBlock(SSMLayer):
         wide = times.see(u.astype(common_dtype(u.dtype, jnp.float32)))
         x, z = jnp.split(self.in_proj(wide), 2, -1)
         window, x = self.conv1d.stretch(x, window, times)
-        x, made, N = nn.silu(x), self.x_proj.features, self.d_state
+        x, made, N = times.see(nn.silu(x)), self.x_proj.features, self.d_state
         Delta, B, C = jnp.split(self.x_proj(x), (made - 2 * N, made - N), -1)
         inputs = x, nn.softplus(self.dt_proj(Delta)), B, C
         state, y = run(SelectiveSystem(-jnp.exp(self.A_log)), inputs, state, times, self.plan)

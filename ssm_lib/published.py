@@ -6,6 +6,7 @@
 __all__ = ['RENAMED', 'ALSO_CALLED', 'KNOWN', 'from_published', 'to_published', 'save_weights', 'load_weights']
 
 # %% ../nbs/42_published.ipynb #42700003
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,7 +53,7 @@ def _parameters(layer):
     "Of a layer's parameters the shapes by their names here, and where each is published."
     if type(layer) not in KNOWN:
         names = ", ".join(kind.__name__ for kind in KNOWN)
-        raise ValueError(f"layer is a {type(layer).__name__}; expected one of {names}. Others have no published names.")
+        raise ValueError(f"layer is a {type(layer).__name__}; expected one of {names}, whose names are known here.")
     u = jax.ShapeDtypeStruct((1, layer.d_model), jnp.float32)
     variables = jax.eval_shape(layer.init, jax.random.PRNGKey(0), u)
     shapes = {name: leaf.shape for name, leaf in flatten_dict(variables["params"], sep="/").items()}
@@ -61,11 +62,24 @@ def _parameters(layer):
 
 def _flat(name, params):
     "A tree of arrays by names with / between."
-    if not isinstance(params, dict):
+    if not isinstance(params, Mapping):
         raise ValueError(f"{name} is {shown(params)}; expected a dict of arrays by name.")
     inner = params["params"] if params.keys() == {"params"} else params
-    flat = {"/".join(key).replace(".", "/"): value for key, value in flatten_dict(inner).items()}
-    return {key: np.asarray(value) for key, value in flat.items()}
+    pairs = [("/".join(map(str, key)).replace(".", "/"), value) for key, value in flatten_dict(dict(inner)).items()]
+    flat = {key: _as_array(name, key, value) for key, value in pairs}
+    if len(flat) < len(pairs):
+        raise ValueError(f"{name} has a name twice, with / and with a dot; expected each once. Drop one.")
+    return flat
+
+
+def _as_array(name, key, value):
+    "An array of NumPy, of a PyTorch tensor too, whatever it remembers of its making."
+    value = value.detach().cpu() if hasattr(value, "detach") else value
+    value = value.float() if "bfloat16" in str(getattr(value, "dtype", "")) and hasattr(value, "float") else value
+    try:
+        return np.asarray(value)
+    except Exception:  # whatever a stranger's class raises
+        raise ValueError(f"{name} has {key} as {shown(value)}; expected an array.") from None
 
 # %% ../nbs/42_published.ipynb #42700006
 def _checked_names(what, got, wanted):
@@ -85,7 +99,11 @@ def from_published(
     "Published parameters as variables of a layer. Raises ValueError where a name or a shape does not fit."
     shapes, published = _parameters(layer)
     also = ALSO_CALLED.get(type(layer), {})
-    given = {also.get(name, name): value for name, value in _flat("params", params).items()}
+    flat = _flat("params", params)
+    for other, name in also.items():
+        if other in flat and name in flat:
+            raise ValueError(f"params has {other} and {name}; expected one, as they are the same. Drop one.")
+    given = {also.get(name, name): value for name, value in flat.items()}
     _checked_names("params", given.keys(), {where.name for where in published.values()})
     found = {}
     for name, where in published.items():
@@ -107,6 +125,9 @@ def to_published(
     shapes, published = _parameters(layer)
     own = _flat("variables", variables)
     _checked_names("variables", own.keys(), shapes.keys())
+    for name, shape in shapes.items():
+        if own[name].shape != shape:
+            raise ValueError(f"variables has {name} as {shown(own[name])}; expected {shape}. Make the layer so.")
     found = {where.name: np.asarray(where.there(own[name])) for name, where in published.items()}
     return unflatten_dict(found, sep="/")
 
@@ -140,8 +161,6 @@ def load_weights(
         if isinstance(error, OSError):
             raise
         told = str(error).splitlines()[0]
-        raise ValueError(
-            f"path is {str(path)!r}; expected a file of safetensors ({told}). Look where it is from."
-        ) from None
+        raise ValueError(f"path is {str(path)!r}; expected a file of safetensors ({told}). Look where it is from.") from None
     mark = "/" if any("/" in name for name in flat) else "."
     return unflatten_dict(flat, sep=mark)

@@ -122,10 +122,13 @@ def layers():
     "Every layer's whole sequence and carry where time is cut, irregular, with gaps and new starts, of no even length; gradients."
     u, dt = noise(2, 21, 3), jnp.asarray(RNG.uniform(0.5, 2, (2, 21)), jnp.float32)
     said = {"mask": RNG.random((2, 21)) < 0.8, "reset": RNG.random((2, 21)) < 0.15, "dt": dt}
+    same = ("s5_bilinear", "s5_no_conj", "dss_exp", "s4d_bilinear", "s4_legt", "causal_conv", "linoss_damped")  # systems as others
     for name, (make, tolerance) in (LAYERS | WHOLE_ONLY).items():
+        if name in same:
+            continue
         layer = make(d_model=3)
         v = jax.jit(layer.init)(KEY, u)
-        one_of_a_kind = name in ("s5_zoh", "dss", "s4", "s5_both")  # the others have the same systems, of other poles
+        one_of_a_kind = name in ("s5_zoh", "dss", "s4", "s5_both", "mamba")  # the others have the same systems, of other poles
         for told, cut in [({}, {"time": 8})] * (name in ("s5_both", "s4")) + [(said, {"batch": 2, "time": 4})]:
             told = {k: z for k, z in told.items() if k != "dt" or name not in EQUAL_STEPS_ONLY}
             plan = Plan(segment=2 if not told or name in ("dss", "lru") else None)  # a device's stretch in pieces, or at once

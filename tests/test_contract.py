@@ -179,6 +179,20 @@ def test_a_step_is_two_halves(name):
     close(jax.jit(layer.apply)(v, jnp.repeat(u, 2, 0), dt=halves)[1::2], jax.jit(layer.apply)(v, u, dt=dt))
 
 
+@pytest.mark.parametrize("name", ("causal_conv", "rglru", "griffin", "mamba", "linoss_im"))
+def test_each_place_by_itself(name, B=2, L=9, W=3):
+    "A field (B, T, W, H): masks, new starts and steps of a place concern it alone, in outputs and carries."
+    layer, u, rng = LAYERS[name][0](d_model=4), noise(B, L, W, 4), np.random.default_rng(4)
+    v = drawn(layer, 1, 4)
+    said = {"mask": rng.random((B, L, W)) < 0.7, "reset": rng.random((B, L, W)) < 0.2, "dt": rng.uniform(0.5, 2, (B, L, W))}
+    said = jax.tree.map(lambda z: jnp.asarray(z, jnp.float32) if z.dtype == float else jnp.asarray(z), said)
+    alone = lambda u, said: layer.apply(v, u, method="prefill", all_carries=True, **said)
+    places = jax.vmap(jax.vmap(alone, in_axes=1, out_axes=1))  # over samples, then over places
+    want = jax.jit(places)(u, said)
+    got = jax.jit(lambda u, said: layer.apply(v, u, axis=1, method="prefill", all_carries=True, **said))(u, said)
+    jax.tree.map(close, got, want)
+
+
 BLOCKS = [(activation, "layer", True) for activation in ACTIVATIONS]  # each gate, and each place of each norm
 BLOCKS += [("half_glu1", norm, prenorm) for norm in NORMS for prenorm in (True, False) if (norm, prenorm) != ("layer", True)]
 BLOCKS = [(*block, False) for block in BLOCKS] + [("gelu", "none", True, True)]  # and with gates of memory

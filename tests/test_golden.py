@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from sweep import enable_x64
 
 from ssm_lib import (
@@ -32,6 +32,7 @@ from ssm_lib import (
     make_NPLR_HiPPO,
     run_dense,
     selective_scan,
+    to_published,
 )
 from ssm_lib.convolution import kernel_poles
 from ssm_lib.discretization import zoh
@@ -156,6 +157,25 @@ def test_kernels(ours, dtype):
             assert error(got, golden[name]) < 1e-4, name
 
 
+@pytest.mark.parametrize("path", LAYER_FILES, ids=lambda path: path.stem)
+def test_published_trees_are_ours(path):
+    "S5's and LRU's parameters by the published names: as they are, there and back; refused where they do not fit."
+    data = load(path)
+    config = {key: value.item() for key, value in group(data, "config/").items()}
+    layer, params = LAYERS[path.stem.split("_")[0]](**config), group(data, "params/")
+    for given in (params, {"params": params}):
+        found = from_published(layer, given)
+        back = to_published(layer, found)
+        assert back.keys() == params.keys() == found["params"].keys()
+        for name, value in params.items():
+            np.testing.assert_array_equal(found["params"][name], value)
+            np.testing.assert_array_equal(back[name], value)
+    with pytest.raises(ValueError, match="params lacks D;"):
+        from_published(layer, {name: value for name, value in params.items() if name != "D"})
+    with pytest.raises(ValueError, match="params has D as an array"):
+        from_published(layer, params | {"D": params["D"][:-1]})
+
+
 # --- Newer layers: float64 from float32 inputs, with carried states and resets ------------------------------------------
 
 
@@ -245,6 +265,10 @@ def test_newer_layer(path, dtype):
         assert error(grad_u, data["grad_u"]) < slopes
         held = HELD.get(path.stem.split("_")[0], {})
         ours, theirs = (without(g["params"], held) for g in (grad_v, into(tree("grad/"))))
+        if not isinstance(layer, Scan):
+            back = flatten_dict(to_published(layer, v), sep="/")
+            assert back.keys() == group(data, "params/").keys()
+            assert all(np.array_equal(back[name], value) for name, value in group(data, "params/").items())
         for (name, got), want in zip(jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
             assert error(got, want) < slopes, name
         if started:
