@@ -68,7 +68,8 @@ def _check_selective(u, delta, A, B, C, D, z, delta_bias):
     H, N = A.shape
     wanted = {
         "u": (u, (*u.shape[:-1], H)), "delta": (delta, u.shape),
-        "B": (B, (*u.shape[:-1], N)), "C": (C, (*u.shape[:-1], N)), "D": (D, (H,)), "z": (z, u.shape), "delta_bias": (delta_bias, (H,)),
+        "B": (B, (*u.shape[:-1], N)), "C": (C, (*u.shape[:-1], N)), "D": (D, (H,)),
+        "z": (z, u.shape), "delta_bias": (delta_bias, (H,)),
     }  # fmt: skip
     for name, (value, shape) in wanted.items():
         if value is not None and value.shape != shape:

@@ -161,6 +161,8 @@ def load_weights(
         if isinstance(error, OSError):
             raise
         told = str(error).splitlines()[0]
-        raise ValueError(f"path is {str(path)!r}; expected a file of safetensors ({told}). Look where it is from.") from None
+        raise ValueError(
+            f"path is {str(path)!r}; expected a file of safetensors ({told}). Look where it is from."
+        ) from None
     mark = "/" if any("/" in name for name in flat) else "."
     return unflatten_dict(flat, sep=mark)
