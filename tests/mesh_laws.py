@@ -119,7 +119,7 @@ def scan_of_space():
 
 
 def layers():
-    "Whole sequences and carries of each kind of system where time is cut, irregular, with gaps and new starts, of no even length; gradients."
+    "Each kind of system whole and carried where time is cut, irregular, with gaps and new starts, of no even length; gradients."
     u, dt = noise(2, 21, 3), jnp.asarray(RNG.uniform(0.5, 2, (2, 21)), jnp.float32)
     said = {"mask": RNG.random((2, 21)) < 0.8, "reset": RNG.random((2, 21)) < 0.15, "dt": dt}
     same = ("s5_bilinear", "s5_no_conj", "dss_exp", "s4d_bilinear", "s4_legt", "causal_conv", "linoss_damped")  # systems as others
