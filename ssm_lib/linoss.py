@@ -52,14 +52,13 @@ def _held(
 
 def stiffness(
     A_diag: jax.Array,  # (P,) what is learned
-    G: jax.Array | None,  # (P,) friction; None has none
+    G: jax.Array,  # (P,) friction
     Delta: jax.Array,  # (P,) steps
     method: str,
 ) -> jax.Array:  # (P,) A
-    "A_diag where a step is stable."
-    low, high = stable_range(jnp.zeros_like(Delta) if G is None else G, Delta, method)
-    most = LONGEST if G is None else jnp.minimum(LONGEST + Delta * G, 1)  # less, where next to no friction helps
-    return _held(A_diag, low, high if method == "im" else most * high)
+    "A_diag where a step oscillates: short of A_high, where next to no friction helps."
+    low, high = stable_range(G, Delta, method)
+    return _held(A_diag, low, jnp.minimum(LONGEST + Delta * G, 1) * high)
 
 # %% ../nbs/27_linoss.ipynb #2700000a
 def _sinc_of_square(w):
@@ -81,7 +80,7 @@ def _atan_of_root(r):
         series = 1 / (2 * k + 1) - small * series
     return jnp.where(near, series, jnp.arctan(far) / far)
 
-
+# %% ../nbs/27_linoss.ipynb #270000a1
 def _angle(A, G, Delta, method):
     """Of the roots ρ e^{±iθ} of a step: θ² and sin θ/θ, from the distance to the stiffness where they meet.
 
@@ -144,7 +143,7 @@ def _moved(M, state, times=jnp.multiply):
     (a, b, c, d), (z, x) = M, state
     return times(a, z) + times(b, x), times(c, z) + times(d, x)
 
-
+# %% ../nbs/27_linoss.ipynb #270000e2
 def _run(M, v, axis, reverse, backend):
     "All states from zero."
     front = lambda tree: jax.tree.map(lambda z: jnp.moveaxis(z, axis, 0), tree)
@@ -262,7 +261,7 @@ def angle_init(
     low = (G / (1 + root)) ** 2
     return low + 4 * root * (jnp.sin(angle / 2) / Delta) ** 2
 
-
+# %% ../nbs/27_linoss.ipynb #270000f1
 class LinOSS(SSMLayer):
     """Linear oscillatory state space (Rusch & Rus 2025; damped: Boyer et al. 2025): u (L, d_model) → y (L, d_model).
 
@@ -320,7 +319,6 @@ class LinOSS(SSMLayer):
 
     def system(self):
         Delta = nn.sigmoid(self.steps)
-        G = _held(self.G_diag, 0, jnp.inf) if self.damped else None
+        G = _held(self.G_diag, 0, jnp.inf) if self.damped else jnp.zeros_like(Delta)
         A = stiffness(self.A_diag, G, Delta, self.method)
-        G = jnp.zeros_like(Delta) if G is None else G
         return OscillatorSystem(A, G, Delta, to_complex(self.B), to_complex(self.C), self.D, self.method)

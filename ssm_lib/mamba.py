@@ -123,7 +123,7 @@ def step_bias_init(
 
     return start
 
-
+# %% ../nbs/26_mamba.ipynb #260000e1
 class MambaBlock(SSMLayer):
     """Mamba's block (Gu & Dao 2023, section 3.4): u (L, d_model) → y (L, d_model).
 
