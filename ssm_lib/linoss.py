@@ -58,7 +58,7 @@ def stiffness(
 ) -> jax.Array:  # (P,) A
     "A_diag where a step oscillates: short of A_high, where next to no friction helps."
     low, high = stable_range(G, Delta, method)
-    return _held(A_diag, low, jnp.minimum(LONGEST + Delta * G, 1) * high)
+    return _held(A_diag, low, high if method == "im" else jnp.minimum(LONGEST + Delta * G, 1) * high)
 
 # %% ../nbs/27_linoss.ipynb #2700000a
 def _sinc_of_square(w):
