@@ -1,6 +1,6 @@
 """How fast, and how small: the newer layers against their published formulations.
 
-    python benchmarks/newer.py            # some five minutes on two cores
+    python benchmarks/newer.py            # some ten minutes on two cores
     python benchmarks/newer.py --quick    # a look
 
 Each published formulation (`associative_scan` over what its authors scan, autodiff through it) is written here from its
@@ -23,7 +23,7 @@ from speed import GRADIENT, compiled, interleaved, machine, sequences, table
 from ssm_lib import RGLRU, CausalConv, GriffinBlock, LinOSS, MambaBlock
 from ssm_lib.scan import binary_operator
 
-SHAPES = ((8, 512, 64), (1, 4096, 64))  # B, L, H
+SHAPES = ((8, 512, 64), (1, 4096, 64), (4, 2048, 256))  # B, L, H: two small enough for a cache, one that is not
 
 
 def over_batch(one, u):

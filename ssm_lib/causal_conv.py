@@ -13,11 +13,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from .checks import Flag, Function, Maybe, Size
+from .checks import Flag, Function, Maybe, Size, known
 from .contract import SSMLayer
 from .system import System, feed_through
 
 # %% ../nbs/24_causal_conv.ipynb #24000007
+def _cut(z, first, n, axis):
+    "So many entries of z along an axis, from `first` on."
+    return jax.lax.slice_in_dim(z, first, first + n, axis=axis)
+
+
 def _past(window, u, times):
     """What was there W−1, …, 1 samples before each step, and before one that would follow: a list of (…, L+1, …, H).
 
@@ -30,7 +35,7 @@ def _past(window, u, times):
     counted = lambda z: jnp.cumsum(full(z), axis, dtype=jnp.int32)
     number = None if times.reset is None else counted(times.reset)
     starts = None if number is None else behind(1, number)
-    pick = lambda z, s: jax.lax.slice_in_dim(z, held - s, held - s + L + 1, axis=axis)
+    pick = lambda z, s: _cut(z, held - s, L + 1, axis)
     if times.mask is not None:
         count, order = behind(1, counted(times.mask)), jnp.argsort(full(~times.mask), axis=axis, stable=True)
         of = lambda z, i: jnp.take_along_axis(z, i.reshape(*i.shape, *(1,) * (z.ndim - i.ndim)), axis)
@@ -41,7 +46,7 @@ def _past(window, u, times):
     back = range(held, 0, -1)
     return [(pick(row, s), None if number is None else pick(number, s)) for s in back], starts
 
-
+# %% ../nbs/24_causal_conv.ipynb #24000072
 @dataclass(frozen=True)
 class WindowSystem(System):
     "The last inputs of each feature, weighted: w (W, H), and b (H,) or None. Its state is a window (*lead, W−1, H)."
@@ -54,22 +59,40 @@ class WindowSystem(System):
     def zero_state(self, lead):
         return jnp.zeros((*lead, len(self.w) - 1, self.w.shape[1]), self.w.dtype)
 
+    def weighted(self, taps):
+        "Outputs (…, H) of taps (…, H), the oldest first."
+        y = sum(map(feed_through, self.w, taps))
+        return y if self.b is None else y + feed_through(self.b, jnp.ones_like(y))
+
     def advance(self, u, x, times, **options):
-        L, (taps, starts) = u.shape[times.axis], _past(x, u, times)
-        cut = lambda z, first, n: jax.lax.slice_in_dim(z, first, first + n, axis=times.axis)
+        L, axis = u.shape[times.axis], times.axis
+        if times.mask is None and times.reset is None and times.keep != "all" and known(L):
+            return self._in_a_row(u, x, axis)
+        taps, starts = _past(x, u, times)
 
         def seen(first, n, step):
             "What those in a sequence with `step` and the n − 1 after it still see of their past, from tap `first` on."
             if starts is None:
-                return [cut(tap, first, n) for tap, _ in taps]
-            same = lambda number: (cut(number, first, n) == cut(starts, step + 1, n))[..., None]
-            return [jnp.where(same(number), cut(tap, first, n), 0) for tap, number in taps]
+                return [_cut(tap, first, n, axis) for tap, _ in taps]
+            same = lambda number: (_cut(number, first, n, axis) == _cut(starts, step + 1, n, axis))[..., None]
+            return [jnp.where(same(number), _cut(tap, first, n, axis), 0) for tap, number in taps]
 
-        y = sum(feed_through(w, z) for w, z in zip(self.w, [*seen(0, L, 0), u]))
-        y = y if self.b is None else y + feed_through(self.b, jnp.ones_like(y))
         windows = seen(1, L, 0) if times.keep == "all" else seen(L, 1, L - 1)
         windows = jnp.stack(windows, -2)
-        return (windows if times.keep == "all" else jnp.squeeze(windows, times.axis)), y
+        windows = windows if times.keep == "all" else jnp.squeeze(windows, axis)
+        return windows, self.weighted([*seen(0, L, 0), u])
+
+    def _in_a_row(self, u, window, axis):
+        "`advance` where every sample is there and none begins anew: the first steps alone read the window."
+        L, held = u.shape[axis], len(self.w) - 1
+        outputs = lambda row, n: self.weighted([_cut(row, k, n, axis) for k in range(held + 1)])
+        near = min(L, held)
+        first = jnp.concatenate([jnp.moveaxis(window, -2, axis), _cut(u, 0, near, axis)], axis)
+        y = outputs(first, near)
+        if L > held:
+            y = jnp.concatenate([y, outputs(u, L - held)], axis)
+        window = _cut(u, L - held, held, axis) if L > held else _cut(first, L, held, axis)
+        return jnp.moveaxis(window, axis, -2), y
 
 # %% ../nbs/24_causal_conv.ipynb #2400000b
 def around_zero(
