@@ -1,5 +1,6 @@
 """What can be said of cost without a clock: planned memory, arrays that must not exist, work that is hoisted, compilations."""
 
+import json
 import math
 import re
 import sys
@@ -15,6 +16,7 @@ from ssm_lib import S5SSM, BatchStackedSSMModel, Plan, rollout, rollout_stream
 from ssm_lib.run import segment_steps
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import newer
 from speed import SHAPES, PublishedS5, geometric_mean
 
 
@@ -23,7 +25,8 @@ def planned(layer, B, L):
     u = jax.ShapeDtypeStruct((B, L, layer.d_model), jnp.float32)
     loss = lambda v, u, w: jnp.sum(layer.apply(v, u) * w)
     program = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(jax.eval_shape(layer.init, KEY, u), u, u)
-    return program.compile().memory_analysis().temp_size_in_bytes
+    quick = {"xla_backend_optimization_level": 0}  # memory is planned before there is any code
+    return program.compile(compiler_options=quick).memory_analysis().temp_size_in_bytes
 
 
 def test_memory_of_the_gradient():
@@ -151,3 +154,11 @@ def test_a_rollout_compiles_once():
         rollout(model, v, noise(2, 1, 4, 1, seed=seed), 5)
         list(rollout_stream(model, v, noise(2, 1, 4, 1, seed=seed), 20, chunk=5))
     assert (_rollout._cache_size() - before[0], _next_piece._cache_size() - before[1]) == (1, 1)
+
+
+def test_newer_layers_in_short(tmp_path, capsys):
+    "The benchmark behind the page's table: what is compared gives the same numbers."
+    newer.main(["--quick", "--layers", "CausalConv", "RGLRU", "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "newer.json").read_text())["layers"]
+    assert all(run["memory"]["ssm_lib"] > 0 for runs in found.values() for run in runs)
+    assert "| RGLRU | 2, 64, 16 |" in capsys.readouterr().out
