@@ -101,7 +101,9 @@ def test_fifty_kills_at_random_moments_change_no_bit(tmp_path):
         died(pid)
         while kills < 50:
             pid = born(train, "killed")
-            time.sleep(chance.uniform(0.3, 1.7) * young)
+            further = chance.randrange(4)  # checkpoints; none: while it begins
+            wait("killed", min(at("killed") + 5 * further, steps))
+            time.sleep(chance.uniform(0, 0.1 if further else 1) * young)
             os.kill(pid, signal.SIGKILL)
             kills += died(pid)[0]
             reached.append(at("killed"))
